@@ -1,0 +1,14 @@
+"""Errors a user can correct, and the hint that names the nearest valid choice. Standard library only."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A wrong setting. The message is one line: field, value, what is allowed, nearest valid choice."""
+
+
+def did_you_mean(value: object, choices: Iterable[object]) -> str:
+    """Return `"; did you mean 'x'?"` for the choice nearest to `value`, or `""` where none is near."""
+    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
