@@ -1,4 +1,4 @@
-"""Names and places of the DeepSpeed presets in `ds_configs/`. Standard library only: no torch, no deepspeed."""
+"""Names and places of the DeepSpeed presets in `ds_configs/`. Stdlib only: no torch, no deepspeed."""
 
 from pathlib import Path
 
