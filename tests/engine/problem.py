@@ -1,0 +1,110 @@
+"""The training problem that the engine and the reference both solve: models, batches, learning rates, names.
+
+Knows torch and transformers, and neither DeepSpeed nor progtuning_ds, so that an error there cannot hide here.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+NUM_BLOCKS = 6
+VOCAB = 64
+SEQUENCE = 8
+MICRO_BATCH = 2
+ACCUMULATION = 2
+CLIP = {"bert": 0.2, "llama": 1.3}  # some steps are clipped and some are not
+WEIGHT_DECAY = 0.1
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+BASE_LR = 1e-3
+WARMUP = 5
+
+_BLOCK = re.compile(r"\.layers?\.(\d+)\.")
+
+
+def build_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A BERT classifier or a Llama language model of six blocks, always with the same weights, no dropout."""
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": NUM_BLOCKS,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": SEQUENCE,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1234)
+        if kind == "bert":
+            config = BertConfig(**sizes, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+            model: torch.nn.Module = BertForSequenceClassification(config)
+        elif kind == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=False))
+        else:
+            raise ValueError(f"kind must be 'bert' or 'llama', got {kind!r}")
+    return model.to(dtype)
+
+
+def batch(kind: str, step: int, micro: int, rank: int) -> dict[str, torch.Tensor]:
+    """The micro-batch that ``rank`` sees: ids [2, 8] int64 with a padded tail, and labels."""
+    generator = torch.Generator().manual_seed(1 + rank + 10 * micro + 100 * step)
+    ids = torch.randint(1, VOCAB, (MICRO_BATCH, SEQUENCE), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, SEQUENCE - 1 - step % 3 :] = 0
+    if kind == "bert":
+        labels = torch.randint(0, 3, (MICRO_BATCH,), generator=generator)
+    else:
+        labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def lr_factor(step: int) -> float:
+    """Linear warm-up, then a slow linear decay, as a factor of the base learning rate."""
+    return min(1.0, (step + 1) / WARMUP) * (1 - step / 100)
+
+
+def decays(parameter: torch.Tensor) -> bool:
+    """Matrices decay; biases and norms do not. ZeRO-3 has moved the shape elsewhere."""
+    return len(getattr(parameter, "ds_shape", parameter.shape)) > 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with one trainable set, said in blocks so that it needs no plan to be understood."""
+
+    steps: int
+    blocks: tuple[int, ...]
+    embeddings: bool = True
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of this name trains; what is neither block nor embedding is the head."""
+        block = _BLOCK.search(name)
+        if block:
+            return int(block.group(1)) in self.blocks
+        return self.embeddings or "embed" not in name
+
+
+def shrinking(steps: int = 4, stages: int = 3, embeddings: str = "always") -> tuple[Phase, ...]:
+    """The paper's schedule: each stage leaves the lowest remaining part behind."""
+    part = NUM_BLOCKS // stages
+    return tuple(
+        Phase(
+            steps,
+            tuple(range(stage * part, NUM_BLOCKS)),
+            embeddings == "always" or (embeddings == "first_stage" and stage == 0),
+        )
+        for stage in range(stages)
+    )
+
+
+def phase_at(phases: tuple[Phase, ...], step: int) -> Phase:
+    """The phase that ``step`` belongs to."""
+    for phase in phases:
+        if step < phase.steps:
+            return phase
+        step -= phase.steps
+    raise IndexError(step)
