@@ -1,0 +1,79 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. The rest are thin aliases.
+# Needs Python 3.10 or newer with venv and headers, and a C++ compiler.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Wheel index for torch on a machine without a GPU; see torch.stamp.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# Arguments of `make demo` after the configuration, as in DEMO_ARGS="train.epochs=1"; COMPARE=1 adds --compare.
+DEMO_ARGS ?=
+# Arguments of `make test` for pytest: `PYTEST_ARGS=` adds the slow tests, `PYTEST_ARGS=tests/engine` runs a part.
+PYTEST_ARGS ?= -m "not slow"
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# DeepSpeed compiles its communication op on first use and looks for ninja on the path.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: help demo test pytest lint typecheck format clean check-compiler
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(VENV)/run.stamp check-compiler  ## fine-tune the embedded default model (COMPARE=1: also without freezing)
+	bash launch/demo.sh $(if $(COMPARE),--compare) $(DEMO_ARGS)
+
+test: lint typecheck pytest  ## install, then lint, type check and run the tests
+
+pytest: $(VENV)/dev.stamp check-compiler  ## run the tests alone
+	pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/dev.stamp  ## check style, formatting and the floors of the architecture
+	ruff check
+	ruff format --check
+	lint-imports
+
+typecheck: $(VENV)/dev.stamp  ## check types
+	pyrefly check
+
+format: $(VENV)/dev.stamp  ## rewrite what the linter and formatter can
+	ruff check --fix
+	ruff format
+
+clean:  ## remove the virtual environment, caches and builds
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+
+# DeepSpeed compiles C++ against the headers of Python and torch when it first starts on CPU ranks.
+check-compiler:
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo "No C++ compiler found ($${CXX:-c++}): install one (Debian: apt-get install g++) or set CXX" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || { \
+	  echo "No Python.h for $(PYTHON): install Python's headers (Debian: apt-get install python3-dev)" >&2; exit 1; }
+
+# torch comes first and by itself, because PyPI's build for Linux carries several GB of CUDA libraries:
+# - with an NVIDIA GPU that build is the right one;
+# - without, the CPU build is taken from PyTorch's own index if that answers within five seconds;
+# - else plain pip decides (a mirror or a folder of wheels that pip is set up with, or the CUDA build, which
+#   works on a CPU too).
+# --no-deps keeps this step to the one wheel; the next one installs what it depends on, as constrained.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@set -e; index=; \
+	if ! nvidia-smi -L >/dev/null 2>&1 && $(BIN)/python -c \
+	  'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; \
+	then index="--index-url $(TORCH_CPU_INDEX)"; fi; \
+	torch="$$(grep '^torch==' constraints.txt)"; set -x; \
+	$(PIP) install --no-deps $$index "$$torch"
+	@touch $@
+
+$(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@ $(VENV)/run.stamp
