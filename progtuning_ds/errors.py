@@ -8,7 +8,23 @@ class ConfigError(ValueError):
     """A wrong setting. The message is one line: field, value, what is allowed, nearest valid choice."""
 
 
+class BlockDiscoveryError(ConfigError):
+    """Embeddings, blocks and head of a model cannot be told apart, or its blocks cannot freeze one by one."""
+
+
 def did_you_mean(value: object, choices: Iterable[object]) -> str:
     """Return `"; did you mean 'x'?"` for the choice nearest to `value`, or `""` where none is near."""
     near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class UnsupportedDeepSpeedError(RuntimeError):
+    """This DeepSpeed, or this configuration of it, cannot be retargeted; the message names what is missing or in use."""
+
+
+class UnsupportedStateError(RuntimeError):
+    """The optimizer keeps state that cannot be cut and moved; the message names it."""
+
+
+class StageTransitionError(RuntimeError):
+    """A transition was asked for at a moment or in a way that would lose or misplace state. Nothing was changed."""
