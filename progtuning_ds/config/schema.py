@@ -1,0 +1,178 @@
+"""The run configuration: one frozen dataclass per section, one docstring per field. No torch, no deepspeed.
+
+The docstrings are the reference that `--help` prints, so they say what a value means, its unit and its default.
+`None` always means "not set": the DeepSpeed JSON's value, or else the default named in the docstring, is used.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+# Strict, because a YAML `true` is no number and a quoted number is a mistake worth telling.
+Count = Annotated[int, Field(ge=1, strict=True)]
+CountOrZero = Annotated[int, Field(ge=0, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+OpenShare = Annotated[float, Field(gt=0, lt=1, strict=True)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class ModelConfig:
+    """The pretrained model."""
+
+    path: Text = "demo"
+    """Model folder or hub id; `demo` is the embedded default, a pretrained BERT of 6 blocks."""
+    num_labels: Annotated[int, Field(ge=2, strict=True)] | None = None
+    """Number of classes; by default the number of labels in the training split."""
+    attn_implementation: Text | None = None
+    """Attention of transformers: `eager`, `sdpa`, `flash_attention_2`, ...; by default what the model prefers."""
+    gradient_checkpointing: Flag = False
+    """Recompute activations in backward instead of keeping them (non-reentrant)."""
+    blocks: Text | None = None
+    """Path of the module list that holds the Transformer blocks; by default it is found by structure."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class DataConfig:
+    """Where the rows come from: a data set by name, or files (csv, tsv, json, jsonl, parquet)."""
+
+    source: Text | None = None
+    """Hub id, folder of `save_to_disk`, or `demo` (movie reviews); the default where no `train_file` is given."""
+    config_name: Text | None = None
+    """Configuration of the hub data set, such as `mrpc` of `glue`; of `demo`: `small` (default) or `full`."""
+    train_file: Text | None = None
+    """File to train on, in place of `source`."""
+    validation_file: Text | None = None
+    """File to evaluate on."""
+    test_file: Text | None = None
+    """File to evaluate on once, at the end."""
+    train_split: Text = "train"
+    """Split of `source` to train on."""
+    validation_split: Text | None = None
+    """Split of `source` to evaluate on; by default `validation`, else `test`."""
+    test_split: Text | None = None
+    """Split of `source` to evaluate on once, at the end; by default none."""
+    validation_fraction: OpenShare | None = None
+    """Share of the training rows to hold out for evaluation, where there is no other split for it."""
+    max_train_samples: Count | None = None
+    """Train on this many rows, drawn with `train.seed`."""
+    max_eval_samples: Count | None = None
+    """Evaluate on this many rows, drawn with `train.seed`."""
+    num_workers: CountOrZero = 0
+    """Processes per rank that collate batches; 0 collates in the training process."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class ClassificationConfig:
+    """What is learnt from a row: the class of a sentence or of a pair of sentences."""
+
+    kind: Literal["classification"] = "classification"
+    """The task."""
+    text_column: Text = "text"
+    """Column of the (first) sentence."""
+    pair_column: Text | None = None
+    """Column of the second sentence, for sentence pairs."""
+    label_column: Text = "label"
+    """Column of the label: class names or integers."""
+    max_length: Count | None = None
+    """Tokens after which a text is cut; by default what the model can read."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class ScheduleConfig:
+    """Which blocks train when. Stage 1 trains everything; each further stage freezes one more part of the blocks."""
+
+    enabled: Flag = True
+    """`false` trains everything all the time: plain full fine-tuning."""
+    num_stages: Count | None = None
+    """Number of stages; by default one per epoch."""
+    embeddings: Literal["always", "first_stage", "never"] = "always"
+    """When the embeddings train; `always` is the paper's choice, the others let backward stop early."""
+    stage_lengths: list[Positive] | None = None
+    """Length of each stage in `length_unit`; by default all stages are equally long."""
+    length_unit: Literal["steps", "epochs", "fractions"] = "epochs"
+    """Unit of `stage_lengths`."""
+    always_train: list[Text] = Field(default_factory=list)
+    """Patterns of parameter names that train in every stage, such as `*LayerNorm*`."""
+    stages: list[dict[str, Any]] | None = None
+    """The stages written out: a list of {blocks: 4-11, steps: 100, embeddings: true}; replaces all of the above."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class TrainConfig:
+    """Optimization: batches, learning rate, precision. AdamW where the DeepSpeed JSON names no optimizer."""
+
+    epochs: Count = 3
+    """Passes over the training rows."""
+    global_batch_size: Count | None = None
+    """Rows per optimizer step over all ranks = micro_batch_size x gradient_accumulation_steps x ranks; 32."""
+    micro_batch_size: Count | None = None
+    """Rows per rank and forward pass; by default global_batch_size / ranks / gradient_accumulation_steps."""
+    gradient_accumulation_steps: Count | None = None
+    """Forward passes per optimizer step; by default what the two sizes above leave."""
+    eval_batch_size: Count | None = None
+    """Rows per rank and forward pass in evaluation; by default twice micro_batch_size."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; 5e-5."""
+    weight_decay: NotNegative | None = None
+    """Weight decay of weight matrices (biases and norms have none); 0.01."""
+    adam_beta1: Share | None = None
+    """Decay of AdamW's first moment; 0.9."""
+    adam_beta2: Share | None = None
+    """Decay of AdamW's second moment; 0.999."""
+    adam_epsilon: Positive | None = None
+    """AdamW's epsilon; 1e-8."""
+    lr_scheduler_type: (
+        Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"] | None
+    ) = None
+    """Learning rate after warm-up; by default the DeepSpeed JSON's scheduler, else `linear`."""
+    warmup_steps: CountOrZero | None = None
+    """Steps of linear warm-up; replaces warmup_ratio."""
+    warmup_ratio: Share | None = None
+    """Share of all steps spent in linear warm-up; 0.1."""
+    max_grad_norm: NotNegative | None = None
+    """Gradients are clipped to this global norm; 0 turns clipping off; 1.0."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Weights and activations; `auto`: the DeepSpeed JSON's choice, else bf16 on GPUs that have it, else fp32."""
+    group_by_length: Flag = True
+    """Put rows of similar length into the same step, which saves padding. The order stays a function of the seed."""
+    seed: CountOrZero = 0
+    """Seed of the new head, dropout, and the order of rows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class LoggingConfig:
+    """What is shown and drawn. Records are always written."""
+
+    steps: Count = 10
+    """Steps between two progress reports (and between two waits for the losses of all ranks)."""
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    """Progress on rank 0; `auto` is a bar on a terminal and lines elsewhere."""
+    plot: Flag = True
+    """Draw training.png at the end."""
+    deepspeed: Literal["debug", "info", "warning", "error"] = "error"
+    """Level of DeepSpeed's own messages."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class RunConfig:
+    """A whole run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    task: ClassificationConfig = Field(default_factory=ClassificationConfig)
+    schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    deepspeed: Annotated[str, Field(min_length=1, strict=True)] | dict[str, Any] = "zero2"
+    """A preset's name, the path of a DeepSpeed JSON, or a DeepSpeed configuration written out."""
+    output_dir: Text = "runs/run"
+    """Run directory: config, records, plot, and the trained model in `final`."""
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
