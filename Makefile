@@ -11,6 +11,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?= -m "not slow"
 
 BIN := $(VENV)/bin
+GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # DeepSpeed compiles its communication op on first use and looks for ninja on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -21,12 +22,12 @@ export PATH := $(abspath $(BIN)):$(PATH)
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: $(VENV)/run.stamp check-compiler  ## fine-tune the embedded default model (COMPARE=1: also without freezing)
+demo: $(if $(GPU),,check-compiler) $(VENV)/run.stamp  ## fine-tune the embedded default model (COMPARE=1: also without freezing)
 	bash launch/demo.sh $(if $(COMPARE),--compare) $(DEMO_ARGS)
 
-test: lint typecheck pytest  ## install, then lint, type check and run the tests
+test: check-compiler lint typecheck pytest  ## install, then lint, type check and run the tests
 
-pytest: $(VENV)/dev.stamp check-compiler  ## run the tests alone
+pytest: check-compiler $(VENV)/dev.stamp  ## run the tests alone
 	pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/dev.stamp  ## check style, formatting and the floors of the architecture
@@ -44,7 +45,7 @@ format: $(VENV)/dev.stamp  ## rewrite what the linter and formatter can
 clean:  ## remove the virtual environment, caches and builds
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 
-# DeepSpeed compiles C++ against the headers of Python and torch when it first starts on CPU ranks.
+# DeepSpeed compiles C++ against Python's headers: its communication op on CPU ranks, its optimizer for offload.
 check-compiler:
 	@command -v "$${CXX:-c++}" >/dev/null || { \
 	  echo "No C++ compiler found ($${CXX:-c++}): install one (Debian: apt-get install g++) or set CXX" >&2; exit 1; }
@@ -63,7 +64,7 @@ $(VENV)/torch.stamp: constraints.txt
 	  echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@set -e; index=; \
-	if ! nvidia-smi -L >/dev/null 2>&1 && $(BIN)/python -c \
+	if [ -z "$(GPU)" ] && $(BIN)/python -c \
 	  'import urllib.request as u; u.urlopen("$(TORCH_CPU_INDEX)/torch/", timeout=5)' 2>/dev/null; \
 	then index="--index-url $(TORCH_CPU_INDEX)"; fi; \
 	torch="$$(grep '^torch==' constraints.txt)"; set -x; \
