@@ -43,6 +43,7 @@ def test_wheel_has_two_import_packages_and_nothing_else_at_the_top(names):
 def test_wheel_holds_every_module_preset_and_run_configuration_of_the_checkout(names):
     shipped = [path.relative_to(ROOT) for path in (ROOT / "progtuning_ds").rglob("*.py")]
     shipped += [path.relative_to(ROOT) for path in (ROOT / "progtuning_ds").rglob("*.yaml")]
+    shipped += [path.relative_to(ROOT) for path in ROOT.glob("progtuning_ds/**/py.typed")]
     shipped += [path.relative_to(ROOT / "kernels") for path in (ROOT / "kernels").rglob("*.py")]
     shipped += [Path("progtuning_ds", path.relative_to(ROOT)) for path in (ROOT / "ds_configs").glob("*.json")]
     assert {path.as_posix() for path in shipped} <= set(names)
