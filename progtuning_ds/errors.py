@@ -19,7 +19,7 @@ def did_you_mean(value: object, choices: Iterable[object]) -> str:
 
 
 class UnsupportedDeepSpeedError(RuntimeError):
-    """This DeepSpeed, or this configuration of it, cannot be retargeted; the message names what is missing or in use."""
+    """This DeepSpeed, or a feature of it in use, cannot be retargeted; the message names what."""
 
 
 class UnsupportedStateError(RuntimeError):

@@ -29,6 +29,7 @@ class Move:
 
     @property
     def crosses_ranks(self) -> bool:
+        """True if the elements change rank."""
         return self.src_rank != self.dst_rank
 
 

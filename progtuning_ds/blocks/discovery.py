@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from progtuning_ds.blocks.block_map import BlockMap
-from progtuning_ds.blocks.forward_order import uses_after
+from progtuning_ds.blocks.forward_order import loops_over, uses_after
 from progtuning_ds.blocks.parameters import full_numel, full_shape
 from progtuning_ds.errors import BlockDiscoveryError, did_you_mean
 
@@ -134,15 +134,20 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _refuse_repeated_blocks(model: nn.Module, stacks: Sequence[_Stack]) -> None:
-    """Refuse a model that runs its blocks several times (ALBERT): they cannot freeze one by one."""
+    """Refuse a model that runs its blocks several times (ALBERT): they cannot freeze one by one.
+
+    A loop over the list itself runs each block once, whatever the config says: a cut model's config may be stale, and
+    a decoder alone may come with the config of an encoder-decoder.
+    """
     layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    if len(stacks) == 1 and isinstance(layers, int) and layers > len(stacks[0].module):
-        count = len(stacks[0].module)
-        raise BlockDiscoveryError(
-            f"{type(model).__name__} runs {layers} layers through the {count} block{'s' * (count > 1)} of "
-            f"{stacks[0].path}: layers that share weights cannot freeze one by one "
-            f"(if the model was cut, set config.num_hidden_layers={count})"
-        )
+    for stack in stacks:
+        parent, _, name = stack.path.rpartition(".")
+        count = len(stack.module)
+        if isinstance(layers, int) and layers > count and not loops_over(model.get_submodule(parent), name):
+            raise BlockDiscoveryError(
+                f"{type(model).__name__} runs {layers} layers through the {count} block{'s' * (count > 1)} of "
+                f"{stack.path}: layers that share weights cannot freeze one by one"
+            )
 
 
 def _place(

@@ -38,6 +38,13 @@ def uses_after(module: nn.Module, child: str) -> dict[str, bool]:
     return {name: reader.first_use(name) >= end for name in {event.name for event in reader.events} - {child}}
 
 
+def loops_over(module: nn.Module, child: str) -> bool:
+    """Whether `module.forward` has a loop that takes one block of the module list `child` after the other."""
+    reader = _Reader(module)
+    reader.read(type(module), "forward")
+    return child in reader.loops_over
+
+
 @dataclass(frozen=True, slots=True)
 class _Event:
     """One use of `self.<name>`, in evaluation order; `loops` are the for-loops around it, outermost first."""

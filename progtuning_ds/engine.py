@@ -1,0 +1,239 @@
+"""The stage engine: retargets a live DeepSpeed engine to another set of parameters that train.
+
+Owns when a transition is legal, what it is compared against on the other ranks, and what is reported. How state is
+held and moved is ``progtuning_ds.zero``'s; what trains when is the plan's. May import anything below, but no
+``deepspeed.runtime``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+
+from progtuning_ds.blocks import BlockMap, full_shape, set_trainable
+from progtuning_ds.errors import StageTransitionError, did_you_mean
+from progtuning_ds.regroup import GroupPlan, fingerprint, plan_groups
+from progtuning_ds.schedule import Stage, StagePlan
+from progtuning_ds.transfer import DEFAULT_CHUNK_BYTES
+from progtuning_ds.zero import build_adapter
+from progtuning_ds.zero.checkpoints import complete_checkpoints
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageTransition:
+    """What one transition did, as seen by this rank.
+
+    Attributes:
+        stage: index of the stage that begins, None for a ``retarget`` outside the plan.
+        step: optimizer step it begins with, None likewise.
+        frozen: names of the parameters that left.
+        unfrozen: names of the parameters that joined.
+        released_bytes: bytes given back on this rank per category; negative where it grew.
+        memory_bytes: bytes held on this rank per category afterwards (``Adapter.memory``).
+        moved_bytes: bytes that crossed ranks, summed over all ranks.
+        planned: True if whole groups were dropped and nothing else happened.
+        seconds: wall-clock time on this rank.
+    """
+
+    stage: int | None
+    step: int | None
+    frozen: tuple[str, ...]
+    unfrozen: tuple[str, ...]
+    released_bytes: dict[str, int]
+    memory_bytes: dict[str, int]
+    moved_bytes: int
+    planned: bool
+    seconds: float
+
+
+class StageEngine:
+    """Makes a live DeepSpeed engine follow a stage plan.
+
+    >>> stages = StageEngine(engine, plan, blocks)
+    >>> for step in range(plan.total_steps):      # optimizer steps
+    ...     transition = stages.advance(step)     # None, or a StageTransition
+    ...     ...                                   # forward, backward and step as ever
+
+    Args:
+        engine: what ``deepspeed.initialize`` returned.
+        plan: what trains when.
+        blocks: what ``discover_blocks(model)`` returned.
+        chunk_bytes: limit of extra memory per rank while state moves (default 64 MB). Planned boundaries need none.
+
+    Raises:
+        UnsupportedDeepSpeedError: for a feature or version of DeepSpeed that cannot be retargeted, by name.
+        StageTransitionError: if ranks hold different plans, or the optimizer holds parameters that are frozen.
+        ValueError: if plan, blocks and model do not fit each other.
+    """
+
+    def __init__(
+        self, engine: Any, plan: StagePlan, blocks: BlockMap, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    ) -> None:
+        if plan.num_blocks != len(blocks):
+            raise ValueError(f"plan.num_blocks must be {len(blocks)} as the model's, got {plan.num_blocks}")
+        if chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be at least 1, got {chunk_bytes}")
+        self.engine = engine
+        self.plan = plan
+        self.blocks = blocks
+        self.chunk_bytes = chunk_bytes
+        self._adapter = build_adapter(engine)
+        self._stage: Stage | None = None
+        self._check_names()
+        self._check_same_everywhere("the plan or the model", plan, blocks.blocks, blocks.embeddings, blocks.head)
+        self._check_nothing_frozen()
+        complete_checkpoints(engine)
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage; stage 0 before the first ``advance``."""
+        return self._stage or self.plan.stages[0]
+
+    @property
+    def trainable_names(self) -> tuple[str, ...]:
+        """Names of the parameters the engine trains now, in buffer order."""
+        return tuple(name for group in self._adapter.groups() for name in group)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this rank holds now per category: weights, master_weights, exp_avg, exp_avg_sq, gradients, ..."""
+        return self._adapter.memory()
+
+    def advance(self, step: int) -> StageTransition | None:
+        """Enter the stage that optimizer step ``step`` belongs to; call it before the step's forward.
+
+        Collective when a stage begins, free otherwise. Calling it again with the same step does nothing, so a resumed
+        loop may start anywhere.
+
+        Returns:
+            None, or what the transition did.
+
+        Raises:
+            StageTransitionError: in mid-accumulation, or if ranks disagree. Nothing was changed.
+            ValueError: if ``step`` is outside the plan.
+        """
+        stage = self.plan.stage_at(step)
+        if self._stage is not None and stage.index == self._stage.index:
+            return None
+        target = self.blocks.trainable_names(stage, self.plan.always_train)
+        transition = None
+        if set(target) != set(self.trainable_names):
+            transition = self._retarget(target, stage.index, step)
+            logger.info("%s", describe(transition, len(self.plan.stages)))
+        self._stage = stage
+        return transition
+
+    def retarget(self, names: Iterable[str]) -> StageTransition:
+        """Train exactly the parameters ``names`` from now on, whatever trained before; collective.
+
+        Parameters in both sets keep their master, moments and step count to the bit; parameters that join start with
+        fresh state; what the others held is released.
+
+        Raises:
+            StageTransitionError: in mid-accumulation, or if ranks disagree. Nothing was changed.
+            ValueError: for a name the model does not have, or no name at all.
+        """
+        return self._retarget(tuple(dict.fromkeys(names)), None, None)
+
+    def _retarget(self, target: tuple[str, ...], stage: int | None, step: int | None) -> StageTransition:
+        adapter = self._adapter
+        for name in target:
+            if name not in adapter.params:
+                raise ValueError(
+                    f"names must be parameters of the model, got {name!r}{did_you_mean(name, adapter.params)}"
+                )
+        self._check_boundary()
+        self._check_same_everywhere("what shall train", target, stage, step)
+        began = time.perf_counter()
+        before = adapter.memory()
+        plan = self._plan(target)
+        set_trainable(self.engine.module, target)
+        moved = adapter.regroup(plan, self.chunk_bytes)
+        if not get_accelerator().is_synchronized_device():
+            get_accelerator().empty_cache()  # freed blocks go back to the device, not only to torch's pool
+        after = adapter.memory()
+        return StageTransition(
+            stage=stage,
+            step=step,
+            frozen=plan.leaving,
+            unfrozen=plan.joining,
+            released_bytes={key: before[key] - after[key] for key in before},
+            memory_bytes=after,
+            moved_bytes=moved,
+            planned=plan.only_drops,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _plan(self, target: tuple[str, ...]) -> GroupPlan:
+        hyper = self._adapter.hyper
+        groups = self._adapter.groups()
+        for group, origin in zip(groups, hyper.origins, strict=True):
+            hyper.remember(group, origin)
+        held = {name for group in groups for name in group}
+        joining = {name: hyper.origin_for(name, self._decays(name)) for name in target if name not in held}
+        return plan_groups(groups, hyper.origins, target, joining)
+
+    def _decays(self, name: str) -> bool:
+        return len(full_shape(self._adapter.params[name])) >= 2
+
+    # ---- checks ------------------------------------------------------------------------------------------------
+
+    def _check_names(self) -> None:
+        known = {name for part in (self.blocks.embeddings, *self.blocks.blocks, self.blocks.head) for name in part}
+        strangers = sorted(known - self._adapter.params.keys())
+        if strangers:
+            raise ValueError(f"blocks must come from the engine's model, which has no parameter {strangers[0]!r}")
+
+    def _check_nothing_frozen(self) -> None:
+        frozen = [name for name in self.trainable_names if not self._adapter.params[name].requires_grad]
+        if frozen:
+            raise StageTransitionError(
+                f"the optimizer holds {len(frozen)} frozen parameters, e.g. {frozen[0]!r}; DeepSpeed would go on "
+                f"moving them with momentum and weight decay: freeze before deepspeed.initialize, or let StageEngine "
+                f"do it"
+            )
+
+    def _check_boundary(self) -> None:
+        engine = self.engine
+        accumulation = engine.gradient_accumulation_steps()
+        if engine.micro_steps % accumulation != 0:
+            raise StageTransitionError(
+                f"a transition is legal only between optimizer steps, got one after micro-batch "
+                f"{engine.micro_steps % accumulation} of {accumulation}"
+            )
+        if self._adapter.holds_gradients():
+            raise StageTransitionError(
+                "a transition is legal only between optimizer steps, got one after backward() and before step()"
+            )
+        if getattr(self._adapter.wrapper, "offloaded_states", None):
+            raise StageTransitionError("a transition needs all states in place; call engine.reload_states() first")
+
+    def _check_same_everywhere(self, what: str, *values: object) -> None:
+        own = fingerprint(*values)
+        # As a float64 pair: min and max of integers are not reduced exactly by every backend.
+        halves = torch.tensor([own >> 32, own & 0xFFFFFFFF], dtype=torch.float64)
+        device = get_accelerator().current_device_name()
+        bounds = torch.cat([halves, -halves]).to(device)
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=self._adapter.ranks.group)
+        highest, lowest = bounds[:2], -bounds[2:]
+        if not torch.equal(highest, lowest):
+            raise StageTransitionError(f"ranks disagree on {what}; every rank must pass the same, nothing was changed")
+
+
+def describe(transition: StageTransition, num_stages: int) -> str:
+    """One line for a log: what froze, what this rank gave back, what it cost."""
+    stage = "retarget" if transition.stage is None else f"stage {transition.stage + 1}/{num_stages}"
+    released = sum(transition.released_bytes.values()) / 2**20
+    return (
+        f"{stage}: {len(transition.frozen)} parameters froze, {len(transition.unfrozen)} joined, "
+        f"{released:.1f} MiB released on this rank, {transition.moved_bytes / 2**20:.1f} MiB moved between ranks, "
+        f"{transition.seconds * 1000:.0f} ms"
+    )

@@ -1,0 +1,182 @@
+"""What every ZeRO flavour must offer to the stage engine, and what all of them share.
+
+Owns names, ranks, hyper-parameter groups and the order of a retarget. Knows no flavour's attributes.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+
+from progtuning_ds.errors import UnsupportedDeepSpeedError, UnsupportedStateError
+from progtuning_ds.regroup import GroupPlan
+from progtuning_ds.transfer import Ranks
+from progtuning_ds.zero.hyper import HyperParameters
+
+Parameter = torch.nn.Parameter
+
+MEMORY_CATEGORIES = ("weights", "master_weights", "exp_avg", "exp_avg_sq", "other_state", "gradients")
+"""Keys of ``Adapter.memory``: bytes held by this rank.
+
+``weights`` are the model's own (bit16 or fp32) elements on this rank, trained or not; ``master_weights`` fp32 copies
+that are not the weights themselves; ``exp_avg``, ``exp_avg_sq`` and ``other_state`` optimizer state of more than one
+element; ``gradients`` buffers that live from step to step.
+"""
+
+
+class Adapter(abc.ABC):
+    """Reads and changes which parameters a live engine trains.
+
+    ``REQUIRED`` names the private attributes a flavour relies on; a DeepSpeed without one of them is refused when
+    the adapter is built. ``PER_GROUP`` names every list the flavour keeps per parameter group; an unknown one is
+    refused too, because it would go stale at the first transition.
+    """
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ()
+    PER_GROUP: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.wrapper = engine.optimizer
+        self._check_attributes()
+        self.torch_optimizer: torch.optim.Optimizer = getattr(self.wrapper, "optimizer", self.wrapper)
+        self.names: dict[int, str] = {id(p): name for name, p in engine.module.named_parameters()}
+        self.params: dict[str, Parameter] = dict(engine.module.named_parameters())
+        group = self.process_group()
+        self.ranks = Ranks(dist.get_rank(group=group), dist.get_world_size(group=group), group)
+        self.hyper = HyperParameters(self.torch_optimizer)
+        self._check_unknown_lists()
+
+    # ---- what a flavour provides -------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def groups(self) -> list[list[str]]:
+        """Names of the parameters in each parameter group of the torch optimizer, in buffer order."""
+
+    @abc.abstractmethod
+    def holds_gradients(self) -> bool:
+        """True if gradients that no ``step()`` has used are held: a transition would lose or misplace them."""
+
+    @abc.abstractmethod
+    def regroup(self, plan: GroupPlan, chunk_bytes: int) -> int:
+        """Carry out ``plan``; collective. Returns the bytes that crossed ranks, summed over all ranks."""
+
+    @abc.abstractmethod
+    def master_tensors(self) -> list[torch.Tensor]:
+        """The tensors the torch optimizer updates on this rank; keys of its ``state``."""
+
+    @abc.abstractmethod
+    def gradient_buffers(self) -> Iterable[torch.Tensor]:
+        """Gradient buffers that live from step to step."""
+
+    def weight_tensors(self) -> Iterable[torch.Tensor]:
+        """Storage of the model's weights on this rank."""
+        return (p.data for p in self.params.values())
+
+    # ---- what all flavours share -------------------------------------------------------------------------------
+
+    def process_group(self) -> Any:
+        """The data-parallel group whose ranks share the optimizer state."""
+        return getattr(self.wrapper, "dp_process_group", None) or self.engine.seq_data_parallel_group
+
+    def memory(self) -> dict[str, int]:
+        """Bytes this rank holds per category (see ``MEMORY_CATEGORIES``), each storage counted once."""
+        counter = _StorageCounter()
+        total = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        total["weights"] = sum(counter.new_bytes(t) for t in self.weight_tensors())
+        for master in self.master_tensors():
+            total["master_weights"] += counter.new_bytes(master)
+            for key, value in self.torch_optimizer.state.get(master, {}).items():
+                if torch.is_tensor(value) and value.numel() > 1:
+                    category = key if key in ("exp_avg", "exp_avg_sq") else "other_state"
+                    total[category] += counter.new_bytes(value)
+        total["gradients"] = sum(counter.new_bytes(t) for t in self.gradient_buffers())
+        return total
+
+    def _check_attributes(self) -> None:
+        missing = [name for name in self.REQUIRED if not hasattr(self.wrapper, name)]
+        if missing:
+            raise UnsupportedDeepSpeedError(
+                f"DeepSpeed {deepspeed.__version__} is not supported: {type(self.wrapper).__name__} lacks "
+                f"{', '.join(missing)}"
+            )
+
+    def group_count(self) -> int:
+        """Length of the lists in ``PER_GROUP``."""
+        return len(self.torch_optimizer.param_groups)
+
+    def _check_unknown_lists(self) -> None:
+        count = self.group_count()
+        if count < 2 or not self.PER_GROUP:
+            return  # with a single group any one-element list looks like a per-group one
+        unknown = [
+            name
+            for name, value in vars(self.wrapper).items()
+            if isinstance(value, list) and len(value) == count and name not in self.PER_GROUP
+        ]
+        if unknown:
+            raise UnsupportedDeepSpeedError(
+                f"DeepSpeed {deepspeed.__version__} is not supported: {type(self.wrapper).__name__} keeps per-group "
+                f"lists this version does not know: {', '.join(unknown)}"
+            )
+
+
+def split_state(master: torch.Tensor, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Sort optimizer state of one master into tensors laid out like it (they move) and per-tensor values (they stay).
+
+    Raises:
+        UnsupportedStateError: for a state tensor that is neither, e.g. 8-bit statistics per block.
+    """
+    moving: dict[str, torch.Tensor] = {}
+    staying: dict[str, Any] = {}
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.numel() > 1:
+            if value.shape != master.shape:
+                raise UnsupportedStateError(
+                    f"optimizer state {key!r} of shape {tuple(value.shape)} cannot be re-partitioned with a master of "
+                    f"shape {tuple(master.shape)}; plan boundaries with progtuning_ds.param_groups, which move nothing"
+                )
+            moving[key] = value
+        else:
+            staying[key] = value
+    return moving, staying
+
+
+def forget_gradients(params: Iterable[Parameter], attributes: Sequence[str] = ("grad",)) -> None:
+    """Drop gradients of parameters that no longer train; engines never look at them again."""
+    for param in params:
+        for name in attributes:
+            if getattr(param, name, None) is not None:
+                setattr(param, name, None)
+
+
+def unlink(params: Iterable[Parameter]) -> None:
+    """Remove DeepSpeed's high-precision links from parameters that no longer have a master.
+
+    ``safe_get_full_*`` then answers None for them, as it does for parameters that never trained, instead of zeros.
+    """
+    names = ("_hp_mapping", "get_full_hp_param", "get_full_hp_grad", "set_full_hp_param", "set_full_hp_grad")
+    for param in params:
+        for name in (*names, "_hp_grad"):
+            if name in vars(param):
+                delattr(param, name)
+
+
+class _StorageCounter:
+    """Counts each storage once, however many views of it there are."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[torch.device, int]] = set()
+
+    def new_bytes(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = (tensor.device, storage.data_ptr())
+        if storage.nbytes() == 0 or key in self._seen:
+            return 0
+        self._seen.add(key)
+        return storage.nbytes()
