@@ -1,7 +1,7 @@
 """Errors a user can correct, and the hint that names the nearest valid choice. Standard library only."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ConfigError(ValueError):
@@ -10,6 +10,12 @@ class ConfigError(ValueError):
 
 class BlockDiscoveryError(ConfigError):
     """Embeddings, blocks and head of a model cannot be told apart, or its blocks cannot freeze one by one."""
+
+
+def require_choice(field: str, value: object, allowed: Collection[str]) -> None:
+    """Raise `ConfigError` naming `field` and the nearest choice unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ConfigError(f"{field} must be one of {', '.join(allowed)}, got {value!r}{did_you_mean(value, allowed)}")
 
 
 def did_you_mean(value: object, choices: Iterable[object]) -> str:

@@ -10,7 +10,7 @@ from itertools import groupby, pairwise
 from numbers import Real
 from typing import Any
 
-from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.errors import ConfigError, require_choice
 from progtuning_ds.stage_input import check_custom_stage, parse_blocks, require_positive_int, stage_ends
 
 EMBEDDINGS = ("always", "first_stage", "never")
@@ -214,15 +214,12 @@ def plan_stages(
     Raises:
         ConfigError: a `ValueError` that names the wrong field.
     """
+    require_positive_int("num_stages", num_stages)
     parts = partition_blocks(num_blocks, num_stages)
     require_positive_int("total_steps", total_steps)
     if total_steps < num_stages:
         raise ConfigError(f"total_steps must be at least num_stages, got {total_steps} steps for {num_stages} stages")
-    if embeddings not in EMBEDDINGS:
-        raise ConfigError(
-            f"embeddings must be one of {', '.join(EMBEDDINGS)}, got {embeddings!r}"
-            f"{did_you_mean(embeddings, EMBEDDINGS)}"
-        )
+    require_choice("embeddings", embeddings, EMBEDDINGS)
     if lengths is None:
         ends = [round(Fraction(total_steps * (index + 1), num_stages)) for index in range(num_stages)]
     else:

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from numbers import Real
 from typing import Any
 
-from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.errors import ConfigError, did_you_mean, require_choice
 
 LENGTH_UNITS = ("steps", "epochs", "fractions")
 CUSTOM_STAGE_KEYS = ("blocks", "steps", "embeddings")
@@ -23,30 +23,25 @@ def stage_ends(
 
     What is rounded is the cumulated length, so that errors do not add up.
     """
-    if unit not in LENGTH_UNITS:
-        raise ConfigError(
-            f"length_unit must be one of {', '.join(LENGTH_UNITS)}, got {unit!r}{did_you_mean(unit, LENGTH_UNITS)}"
-        )
+    require_choice("length_unit", unit, LENGTH_UNITS)
     if isinstance(lengths, str) or not isinstance(lengths, Sequence) or len(lengths) != num_stages:
-        raise ConfigError(f"lengths must hold one length for each of the {num_stages} stages, got {lengths!r}")
-    exact = [_exact_length(index, length, unit) for index, length in enumerate(lengths)]
-    if unit == "fractions":
-        if abs(sum(exact) - 1) > _FRACTION_TOLERANCE:
-            raise ConfigError(f"lengths in fractions must add up to 1, got {list(lengths)} = {float(sum(exact)):g}")
-        exact = [length * total_steps / sum(exact) for length in exact]
-    elif unit == "epochs":
+        count = len(lengths) if isinstance(lengths, Sequence) else lengths
+        raise ConfigError(f"lengths must hold one length for each of the {num_stages} stages, got {count}")
+    if unit == "epochs":
         require_positive_int("steps_per_epoch (needed for lengths in epochs)", steps_per_epoch)
-        exact = [length * steps_per_epoch for length in exact]  # type: ignore[operator]
-    if round(sum(exact)) != total_steps:
+    exact = [_exact_length(index, length, unit) for index, length in enumerate(lengths)]
+    run = {"steps": total_steps, "epochs": Fraction(total_steps, steps_per_epoch or 1), "fractions": 1}[unit]
+    tolerance = {"steps": 0, "epochs": Fraction(1, 2 * (steps_per_epoch or 1)), "fractions": _FRACTION_TOLERANCE}[unit]
+    if abs(sum(exact) - run) > tolerance:
         raise ConfigError(
-            f"lengths must add up to total_steps={total_steps}, got {list(lengths)} {unit} = "
-            f"{float(sum(exact)):g} steps"
+            f"lengths must add up to {float(run):g}{' ' + unit if unit != 'fractions' else ''}, "
+            f"got {' + '.join(f'{float(length):g}' for length in exact)} = {float(sum(exact)):g}"
         )
-    ends = [round(end) for end in accumulate(exact)]
+    ends = [round(end * total_steps / sum(exact)) for end in accumulate(exact)]
     for index, (start, end) in enumerate(pairwise([0, *ends])):
         if end <= start:
             raise ConfigError(
-                f"lengths[{index}] must give stage {index} at least one step, got {lengths[index]} {unit} "
+                f"lengths[{index}] must give stage {index} at least one step, got {float(exact[index]):g} {unit} "
                 f"of a run of {total_steps} steps"
             )
     return ends

@@ -1,0 +1,132 @@
+"""Owns the commands, their options and how errors reach the user; torch and transformers load inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from progtuning_ds import __version__
+from progtuning_ds.errors import ConfigError
+
+app = typer.Typer(
+    name="progtuning",
+    help="Fine-tune Transformers in stages: the low blocks freeze while training goes on, and their memory is released.",
+    epilog="Start with:  progtuning plan --model PATH_OR_ID --epochs 3",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+# typer brings its own copy of click since 0.20; the base of BadParameter is UsageError in both.
+_UsageError = typer.BadParameter.__base__
+assert _UsageError is not None
+
+_PLAN_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  progtuning plan --model bert-base-uncased --epochs 3
+
+  progtuning plan --model ./llama/config.json --epochs 2 --stages 4 --embeddings never
+
+  progtuning plan --model ./my-model --epochs 3 --stage-lengths 1,0.5,1.5 --json
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; bad input gives one line on stderr and 2.
+
+    Args:
+        arguments: words after the program name; those of the process when `None`.
+    """
+    try:
+        result = app(args=arguments if arguments is None else list(arguments), standalone_mode=False)
+    except ConfigError as error:
+        message = str(error)
+    except _UsageError as error:
+        message = error.format_message()  # type: ignore[attr-defined]
+    except typer.Abort:
+        message = "stopped"
+    else:
+        return result if isinstance(result, int) else 0
+    print("progtuning: error:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
+    return 2
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"progtuning {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command("plan", epilog=_PLAN_EXAMPLES)
+def _plan(
+    model: Annotated[
+        str, typer.Option(help="Folder with a config.json, the file itself, or a hub id. No weights are read.")
+    ],
+    epochs: Annotated[str, typer.Option(help="Length of the run in epochs; fractions such as 2.5 are fine.")],
+    stages: Annotated[
+        int | None, typer.Option(help="Number of stages T.", show_default="one per epoch, or per stage length")
+    ] = None,
+    embeddings: Annotated[
+        str, typer.Option(help="When embeddings train: always (as in the paper), first_stage or never.")
+    ] = "always",
+    stage_lengths: Annotated[
+        str | None,
+        typer.Option(help="Length of every stage, such as 1,0.5,1.5.", show_default="equal stages"),
+    ] = None,
+    length_unit: Annotated[str, typer.Option(help="Unit of the stage lengths: epochs or fractions.")] = "epochs",
+    head: Annotated[
+        str | None,
+        typer.Option(
+            help="Task head to count: sequence-classification, question-answering, token-classification, causal-lm, "
+            "masked-lm, seq2seq-lm or image-classification.",
+            show_default="that of the config's architecture, else sequence-classification",
+        ),
+    ] = None,
+    num_labels: Annotated[
+        int | None, typer.Option(help="Classes of a classification head.", show_default="the config's, usually 2")
+    ] = None,
+    blocks: Annotated[
+        str | None, typer.Option(help="Path of the module list that holds the blocks.", show_default="found")
+    ] = None,
+    always_train: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of parameter names that train in every stage, such as '*LayerNorm*'; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show which blocks train in which stage, how many parameters each stage updates, and what the run saves.
+
+    Works from a config.json alone: the model is built without weights, in seconds even at 70B parameters.
+    """
+    from progtuning_ds.cli.plan import PlanRequest, make_report, print_json, print_table
+
+    report = make_report(
+        PlanRequest(
+            model=model,
+            epochs=epochs,
+            stages=stages,
+            embeddings=embeddings,
+            stage_lengths=stage_lengths,
+            length_unit=length_unit,
+            head=head,
+            num_labels=num_labels,
+            blocks=blocks,
+            always_train=tuple(always_train or ()),
+        )
+    )
+    (print_json if as_json else print_table)(report)
