@@ -68,6 +68,7 @@ class StageEngine:
         plan: what trains when.
         blocks: what ``discover_blocks(model)`` returned.
         chunk_bytes: limit of extra memory per rank while state moves (default 64 MB). Planned boundaries need none.
+        lr_scheduler: a scheduler the engine does not know, because you step it yourself; default the engine's own.
 
     Raises:
         UnsupportedDeepSpeedError: for a feature or version of DeepSpeed that cannot be retargeted, by name.
@@ -76,7 +77,13 @@ class StageEngine:
     """
 
     def __init__(
-        self, engine: Any, plan: StagePlan, blocks: BlockMap, *, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+        self,
+        engine: Any,
+        plan: StagePlan,
+        blocks: BlockMap,
+        *,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        lr_scheduler: Any | None = None,
     ) -> None:
         if plan.num_blocks != len(blocks):
             raise ValueError(f"plan.num_blocks must be {len(blocks)} as the model's, got {plan.num_blocks}")
@@ -87,6 +94,7 @@ class StageEngine:
         self.blocks = blocks
         self.chunk_bytes = chunk_bytes
         self._adapter = build_adapter(engine)
+        self._adapter.hyper.scheduler = lr_scheduler if lr_scheduler is not None else engine.lr_scheduler
         self._stage: Stage | None = None
         self._check_names()
         self._check_same_everywhere("the plan or the model", plan, blocks.blocks, blocks.embeddings, blocks.head)
@@ -155,6 +163,7 @@ class StageEngine:
         began = time.perf_counter()
         before = adapter.memory()
         plan = self._plan(target)
+        adapter.check(plan)
         set_trainable(self.engine.module, target)
         moved = adapter.regroup(plan, self.chunk_bytes)
         if not get_accelerator().is_synchronized_device():

@@ -66,6 +66,7 @@ def carry(
     Returns:
         This rank's share of each new buffer, padding and fresh spans zero, on the device of the old ones.
     """
+    assert new_layout.world_size == ranks.world_size, "a layout is executed by the ranks it was made for"
     sample = next(iter(old.values()))
     staged = {
         buffer: torch.zeros(new_layout.partition_numel[buffer], dtype=sample.dtype)
@@ -165,9 +166,12 @@ def split_buffer(
 def release_storage(tensor: torch.Tensor) -> None:
     """Give back the memory behind ``tensor`` now, whoever still holds a view of it.
 
-    Views that are left over are empty from here on; reading them is an error, not stale data.
+    Views that are left over must not be read again. Memory torch does not own (pinned by DeepSpeed's native backend)
+    cannot be resized and goes with its last reference.
     """
-    tensor.untyped_storage().resize_(0)
+    storage = tensor.untyped_storage()
+    if storage.resizable():
+        storage.resize_(0)
 
 
 def release_pages(tensor: torch.Tensor, start: int, stop: int) -> None:

@@ -74,6 +74,10 @@ class Adapter(abc.ABC):
     def gradient_buffers(self) -> Iterable[torch.Tensor]:
         """Gradient buffers that live from step to step."""
 
+    def moving_masters(self, plan: GroupPlan) -> list[torch.Tensor]:
+        """Masters whose state ``plan`` cuts; none where state hangs on one tensor per parameter."""
+        return []
+
     def weight_tensors(self) -> Iterable[torch.Tensor]:
         """Storage of the model's weights on this rank."""
         return (p.data for p in self.params.values())
@@ -83,6 +87,15 @@ class Adapter(abc.ABC):
     def process_group(self) -> Any:
         """The data-parallel group whose ranks share the optimizer state."""
         return getattr(self.wrapper, "dp_process_group", None) or self.engine.seq_data_parallel_group
+
+    def check(self, plan: GroupPlan) -> None:
+        """Refuse ``plan`` before anything has changed.
+
+        Raises:
+            UnsupportedStateError: if state it would cut cannot be cut.
+        """
+        for master in self.moving_masters(plan):
+            split_state(master, self.torch_optimizer.state.get(master, {}))
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds per category (see ``MEMORY_CATEGORIES``), each storage counted once."""

@@ -15,7 +15,7 @@ import torch
 from progtuning_ds.layout import FLAT_ALIGNMENT, Layout, flat_layout, flat_offsets, padded_numel
 from progtuning_ds.regroup import GroupPlan, GroupTarget
 from progtuning_ds.repartition import RepartitionPlan, check_exact, order_survivors, plan_repartition
-from progtuning_ds.transfer import carry, release_pages, split_buffer
+from progtuning_ds.transfer import Ranks, carry, release_pages, split_buffer
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state, unlink
 
 
@@ -37,17 +37,14 @@ class FlatGroup:
 
 
 class FlatAdapter(Adapter):
-    """Retargets flat groups. ``shares`` is how many ranks divide a master among them."""
+    """Retargets flat groups."""
 
     alignment = FLAT_ALIGNMENT
 
     @property
-    def shares(self) -> int:
-        return self.ranks.world_size
-
-    @property
-    def share_index(self) -> int:
-        return self.ranks.rank
+    def owners(self) -> Ranks:
+        """The ranks that divide a master among them; all of the data-parallel group unless a flavour says otherwise."""
+        return self.ranks
 
     @abc.abstractmethod
     def read_groups(self) -> list[FlatGroup]:
@@ -70,14 +67,14 @@ class FlatAdapter(Adapter):
     def layout(self) -> Layout:
         """Who owns what of the masters and their state right now."""
         sized = [[(self.names[id(p)], p.numel()) for p in group.params] for group in self.read_groups()]
-        return flat_layout(sized, self.shares, alignment=self.alignment)
+        return flat_layout(sized, self.owners.world_size, alignment=self.alignment)
+
+    def moving_masters(self, plan: GroupPlan) -> list[torch.Tensor]:
+        old = self.read_groups()
+        return [old[t.source].master for t in plan.groups if t.source is not None and not t.keep]
 
     def regroup(self, plan: GroupPlan, chunk_bytes: int) -> int:
         old = self.read_groups()
-        for target in plan.groups:
-            if target.source is not None and not target.keep:
-                master = old[target.source].master
-                split_state(master, self.torch_optimizer.state.get(master, {}))  # refuse before anything moves
         leaving = [self.params[name] for name in plan.leaving]
         forget_gradients(leaving, ("grad", "grad_accum"))
         unlink(leaving)
@@ -97,7 +94,7 @@ class FlatAdapter(Adapter):
                 moved += between
             else:
                 new.append(self._build(target))
-        self.hyper.apply(plan, [[group.master] for group in new], self.engine.lr_scheduler)
+        self.hyper.apply(plan, [[group.master] for group in new])
         self.install(new)
         return moved
 
@@ -109,10 +106,10 @@ class FlatAdapter(Adapter):
 
     def _compact(self, old: FlatGroup, target: GroupTarget, chunk_bytes: int) -> tuple[FlatGroup, int]:
         old_sized = [(self.names[id(p)], p.numel()) for p in old.params]
-        old_layout = flat_layout([old_sized], self.shares, alignment=self.alignment)
+        old_layout = flat_layout([old_sized], self.owners.world_size, alignment=self.alignment)
         kept = set(target.names)
         order = order_survivors(old_layout, 0, [item for item in old_sized if item[0] in kept])
-        new_layout = flat_layout([order], self.shares, alignment=self.alignment)
+        new_layout = flat_layout([order], self.owners.world_size, alignment=self.alignment)
         plan = plan_repartition(old_layout, new_layout)
         check_exact(plan, old_layout, new_layout)
         params = [self.params[name] for name, _ in order]
@@ -158,7 +155,7 @@ class FlatAdapter(Adapter):
         self, tensor: torch.Tensor, plan: RepartitionPlan, new_layout: Layout, chunk_bytes: int, share: int
     ) -> torch.Tensor:
         pinned = tensor.device.type == "cpu" and tensor.is_pinned()
-        buffer = carry(plan, {0: tensor}, new_layout, self.ranks, chunk_bytes=chunk_bytes)[0]
+        buffer = carry(plan, {0: tensor}, new_layout, self.owners, chunk_bytes=chunk_bytes)[0]
         assert buffer.numel() == share
         return buffer.pin_memory() if pinned else buffer
 
@@ -168,8 +165,8 @@ class FlatAdapter(Adapter):
         """A group of its own for parameters that join: weights gathered into one buffer, no optimizer state yet."""
         params = [self.params[name] for name in target.names]
         flat = self._gather_weights(params)
-        share = flat.numel() // self.shares
-        master = self.new_master(flat.narrow(0, self.share_index * share, share))
+        share = flat.numel() // self.owners.world_size
+        master = self.new_master(flat.narrow(0, self.owners.rank * share, share))
         return FlatGroup(params, flat, master, None)
 
     def _gather_weights(self, params: list[Parameter]) -> torch.Tensor:
@@ -206,7 +203,7 @@ class FlatAdapter(Adapter):
         ]
 
     def padded(self, params: Sequence[Parameter]) -> int:
-        return padded_numel(sum(p.numel() for p in params), self.shares, self.alignment)
+        return padded_numel(sum(p.numel() for p in params), self.owners.world_size, self.alignment)
 
 
 def bind(params: Sequence[Parameter], flat: torch.Tensor, shapes: Sequence[torch.Size] | None = None) -> None:

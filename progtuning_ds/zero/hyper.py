@@ -38,6 +38,7 @@ class HyperParameters:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
+        self.scheduler: Any | None = None
         self.origins = list(range(len(optimizer.param_groups)))
         self._configured = {origin: _settings(group) for origin, group in enumerate(optimizer.param_groups)}
         self._schedules: dict[tuple[int, str, int], Any] = {}
@@ -71,7 +72,7 @@ class HyperParameters:
         decay = {origin: self.settings(origin).get("weight_decay", 0.0) for origin in self.origins}
         return (max if decays else min)(self.origins, key=lambda origin: decay[origin])
 
-    def apply(self, plan: GroupPlan, tensors: Sequence[list[torch.Tensor]], scheduler: Any | None) -> None:
+    def apply(self, plan: GroupPlan, tensors: Sequence[list[torch.Tensor]]) -> None:
         """Make the optimizer's groups and the scheduler's lists those of ``plan``; ``tensors[i]`` go into group i.
 
         Groups that go are emptied: callers often still hold these dicts, and they would pin the flat master.
@@ -91,7 +92,7 @@ class HyperParameters:
             if id(group) not in kept:
                 group["params"] = []
         origins = [target.origin for target in plan.groups]
-        for layer, part in enumerate(_scheduler_layers(scheduler)):
+        for layer, part in enumerate(_scheduler_layers(self.scheduler)):
             self._remap(layer, part, origins)
         self.optimizer.param_groups[:] = new
         self.origins = origins

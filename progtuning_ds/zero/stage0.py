@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 
 from progtuning_ds.regroup import GroupPlan
+from progtuning_ds.transfer import Ranks
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients
 from progtuning_ds.zero.flat import FlatAdapter, FlatGroup
 
@@ -57,7 +58,7 @@ class PerParameterAdapter(Adapter):
             ]
             for target in plan.groups
         ]
-        self.hyper.apply(plan, [[master for _, master in group] for group in new], self.engine.lr_scheduler)
+        self.hyper.apply(plan, [[master for _, master in group] for group in new])
         self.install(new)
         return 0
 
@@ -107,12 +108,8 @@ class FusedAdapter(FlatAdapter):
     PER_GROUP = frozenset({"fp16_groups", "fp16_groups_flat", "fp32_groups_flat", "flatten_grad_norm_mask_list"})
 
     @property
-    def shares(self) -> int:
-        return 1
-
-    @property
-    def share_index(self) -> int:
-        return 0
+    def owners(self) -> Ranks:
+        return Ranks(rank=0, world_size=1)
 
     def read_groups(self) -> list[FlatGroup]:
         wrapper = self.wrapper

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -143,12 +142,12 @@ class Stage3Adapter(Adapter):
 
     # ---- regrouping --------------------------------------------------------------------------------------------
 
+    def moving_masters(self, plan: GroupPlan) -> list[torch.Tensor]:
+        partly = {target.source for target in plan.groups if not target.keep}
+        return [sub.master for sub in self.read_subgroups() if sub.group in partly]
+
     def regroup(self, plan: GroupPlan, chunk_bytes: int) -> int:
         old = self.read_subgroups()
-        partly = {target.source for target in plan.groups if not target.keep and target.source is not None}
-        for sub in old:
-            if sub.group in partly:
-                split_state(sub.master, self.torch_optimizer.state.get(sub.master, {}))  # refuse before anything moves
         forget_gradients(self.params[name] for name in plan.leaving)
         wanted = {name for target in plan.groups for name in target.names}
         new: list[SubGroup] = []
@@ -164,7 +163,7 @@ class Stage3Adapter(Adapter):
             if id(sub.master) not in alive:
                 self.torch_optimizer.state.pop(sub.master, None)
                 sub.master.grad = None
-        self.hyper.apply(plan, [[] for _ in plan.groups], self.engine.lr_scheduler)
+        self.hyper.apply(plan, [[] for _ in plan.groups])
         self.install(new)
         return 0
 
