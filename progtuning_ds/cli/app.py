@@ -13,7 +13,7 @@ from progtuning_ds.errors import ConfigError
 
 app = typer.Typer(
     name="progtuning",
-    help="Fine-tune Transformers in stages: the low blocks freeze while training goes on, and their memory is released.",
+    help="Fine-tune Transformers in stages: low blocks freeze as training goes on, and their memory is released.",
     epilog="Start with:  progtuning plan --model PATH_OR_ID --epochs 3",
     add_completion=False,
     pretty_exceptions_enable=False,

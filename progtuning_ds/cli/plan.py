@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import transformers
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -130,8 +131,10 @@ def print_table(report: PlanReport) -> None:
     table = Table(
         title=f"{report.architecture}: {plan.num_blocks} blocks ({report.blocks_path}), {total:,} parameters",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("Stage")
+    table.add_column("Stage", no_wrap=True)
     for column in ("Blocks", "Embeddings", "Parameters", "Share", "Epochs", "Updated"):
         table.add_column(column, justify="right", no_wrap=True)
     for stage, cost in zip(plan.stages, run.stages, strict=True):
