@@ -1,0 +1,27 @@
+"""Tasks: data, collation, loss and metrics of one kind of learning. Imports torch and transformers; no deepspeed."""
+
+from transformers import PreTrainedTokenizerBase
+
+from progtuning_ds.config import RunConfig
+from progtuning_ds.tasks.base import Batch, EncodedRows, Task
+from progtuning_ds.tasks.classification import ClassificationTask
+
+# A new kind of task is one more entry here, and its section in config/schema.py.
+_BUILDERS = {"classification": ClassificationTask.build}
+
+
+def build_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> Task:
+    """Load and encode the data of the task that `config.task.kind` names.
+
+    Args:
+        config: the run configuration.
+        tokenizer: the model's tokenizer, with a padding token.
+        max_positions: the longest sequence the model can read, in tokens, if it has a limit.
+
+    Raises:
+        ConfigError: one line on what is wrong with the data.
+    """
+    return _BUILDERS[config.task.kind](config, tokenizer, max_positions)
+
+
+__all__ = ["Batch", "ClassificationTask", "EncodedRows", "Task", "build_task"]

@@ -1,0 +1,179 @@
+"""Classification of a sentence or a pair of sentences: data, collation, loss, metrics. No deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torchmetrics.functional import classification as scores
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from progtuning_ds.config import ClassificationConfig, RunConfig
+from progtuning_ds.errors import ConfigError
+from progtuning_ds.tasks.base import Batch, EncodedRows
+from progtuning_ds.tasks.columns import require_column, require_scalar, require_text
+from progtuning_ds.tasks.labels import LabelMap, majority_share, map_labels
+from progtuning_ds.tasks.sources import Split, load_splits
+
+LABEL, LENGTH = "labels", "length"
+
+
+@dataclass(frozen=True)
+class RowPrediction:
+    """What the model said of one row, and what was true: class indices, and the cross-entropy in nats."""
+
+    predicted: int
+    label: int
+    loss: float
+
+
+class ClassificationTask:
+    """Rows encoded as token ids with a class index; see `progtuning_ds.tasks.base.Task` for the attributes."""
+
+    main_metric = "accuracy"
+    auto_class = AutoModelForSequenceClassification
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: LabelMap,
+        train: EncodedRows,
+        evaluations: Mapping[str, EncodedRows],
+        notes: Sequence[str] = (),
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.labels = labels
+        self.train = train
+        self.evaluations = dict(evaluations)
+        self.notes = list(notes)
+        self._pad_to_multiple_of = pad_to_multiple_of
+
+    @classmethod
+    def build(
+        cls, config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int | None
+    ) -> ClassificationTask:
+        """Load, check and encode the rows of a run.
+
+        Args:
+            config: the run configuration; `data` and `task` say where the rows are and what their columns mean.
+            tokenizer: the model's tokenizer, with a padding token.
+            max_positions: the longest sequence the model can read, in tokens, if it has a limit.
+
+        Raises:
+            ConfigError: one line on a missing column, an empty split, a label out of range, ...
+        """
+        task = config.task
+        limit = _length_limit(task.max_length, tokenizer, max_positions)
+        splits = load_splits(config.data, config.train.seed)
+        for split in splits:
+            _check_columns(split, task)
+        labels = map_labels(splits.train, task.label_column, config.model.num_labels)
+        encoded = {
+            name: _encode(split, task, labels, tokenizer, limit)
+            for name, split in (("train", splits.train), ("validation", splits.evaluation), ("test", splits.test))
+            if split is not None
+        }
+        notes = [
+            f"{len(encoded['train'].rows)} training rows, {len(encoded['validation'].rows)} validation rows "
+            f"({splits.evaluation.name}), {len(labels.names)} classes; "
+            f"majority {majority_share(list(encoded['validation'].rows[LABEL])):.3f}"
+        ]
+        cut = sum(length == limit for length in encoded["train"].lengths)
+        if cut:
+            notes.append(f"{cut} training rows reach task.max_length {limit} and are cut there")
+        return cls(tokenizer, labels, encoded.pop("train"), encoded, notes)
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The classes and their names, for the model's configuration."""
+        names = self.labels.names
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+        }
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
+        """Pad rows to the longest: token ids [rows, length] int64 and what the tokenizer adds, labels [rows]."""
+        features = [{key: value for key, value in row.items() if key != LABEL} for row in rows]
+        padded = self.tokenizer.pad(features, return_tensors="pt", pad_to_multiple_of=self._pad_to_multiple_of)
+        return dict(padded) | {LABEL: torch.tensor([row[LABEL] for row in rows])}
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy in fp32; scalar."""
+        logits, labels = _forward(model, batch)
+        return functional.cross_entropy(logits, labels)
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[RowPrediction]:
+        """Most probable class of each row."""
+        logits, labels = _forward(model, batch)
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        columns = (logits.argmax(-1).tolist(), labels.tolist(), losses.tolist())
+        return [RowPrediction(*row) for row in zip(*columns, strict=True)]
+
+    def metrics(self, predictions: Sequence[RowPrediction]) -> dict[str, float]:
+        """Accuracy, macro F1 (over the classes that occur), Matthews correlation, and mean loss."""
+        predicted = torch.tensor([row.predicted for row in predictions])
+        labels = torch.tensor([row.label for row in predictions])
+        classes = len(self.labels.names)
+        return {
+            "accuracy": scores.multiclass_accuracy(predicted, labels, classes, average="micro").item(),
+            "f1_macro": scores.multiclass_f1_score(predicted, labels, classes, average="macro").item(),
+            "matthews": scores.multiclass_matthews_corrcoef(predicted, labels, classes).item(),
+            "loss": sum(row.loss for row in predictions) / len(predictions),
+        }
+
+
+def _forward(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    inputs = {key: value for key, value in batch.items() if key != LABEL}
+    return model(**inputs).logits.float(), batch[LABEL]
+
+
+def _check_columns(split: Split, task: ClassificationConfig) -> None:
+    require_text(split, task.text_column, "task.text_column")
+    if task.pair_column is not None:
+        require_text(split, task.pair_column, "task.pair_column")
+    require_column(split, task.label_column, "task.label_column")
+    require_scalar(split, task.label_column, "task.label_column")
+
+
+def _length_limit(wanted: int | None, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int | None:
+    # A tokenizer without a limit says 1e30.
+    limits = [limit for limit in (tokenizer.model_max_length, max_positions) if limit and limit < 10**9]
+    longest = min(limits, default=None)
+    if wanted is None:
+        return longest
+    special = tokenizer.num_special_tokens_to_add(pair=True)
+    if wanted <= special:
+        raise ConfigError(f"task.max_length must be above {special} (the tokenizer's own tokens), got {wanted}")
+    if longest is not None and wanted > longest:
+        raise ConfigError(f"task.max_length must be at most {longest}, the longest the model reads, got {wanted}")
+    return wanted
+
+
+def _encode(
+    split: Split,
+    task: ClassificationConfig,
+    labels: LabelMap,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+) -> EncodedRows:
+    """Tokens of every row, and its class index under LABEL."""
+    columns = [name for name in (task.text_column, task.pair_column) if name is not None]
+    indices = labels.encode(split, task.label_column)
+
+    def tokenize(*texts: list[str]) -> dict[str, list[Any]]:
+        encoded = tokenizer(*texts, truncation=limit is not None, max_length=limit)
+        return {**encoded, LENGTH: [len(ids) for ids in encoded["input_ids"]]}
+
+    rows = split.rows.select_columns(columns).map(
+        tokenize, batched=True, input_columns=columns, remove_columns=columns, desc=f"tokenizing {split.name}"
+    )
+    lengths = list(rows[LENGTH])
+    return EncodedRows(rows.remove_columns(LENGTH).add_column(LABEL, indices), lengths)

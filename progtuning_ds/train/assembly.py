@@ -1,0 +1,71 @@
+"""Builds the live engine of a job: weights, DeepSpeed, stages. Uses deepspeed's public API only."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import get_scheduler, set_seed
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from progtuning_ds.engine import StageEngine
+from progtuning_ds.param_groups import param_groups
+from progtuning_ds.train.job import Job
+from progtuning_ds.train.models import load_model
+from progtuning_ds.train.ranks import Ranks
+
+
+@dataclass
+class Built:
+    """A live engine that follows the job's plan."""
+
+    engine: Any
+    stages: StageEngine
+    hf_deepspeed: HfDeepSpeedConfig | None
+    """Kept alive: transformers looks at it, through a weak reference, to know of ZeRO-3."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The bare model inside the engine."""
+        return self.engine.module
+
+    def close(self) -> None:
+        """Free the engine's memory; the object is of no use afterwards."""
+        self.engine.destroy()
+        self.engine = self.stages = None
+        self.hf_deepspeed = None
+        unset_hf_deepspeed_config()
+        gc.collect()
+
+
+def build(job: Job, ranks: Ranks) -> Built:
+    """Load the weights and start DeepSpeed on them. Collective.
+
+    The new head is drawn from `train.seed` on every rank alike; dropout then differs from rank to rank.
+    """
+    set_seed(job.config.train.seed)
+    hf_deepspeed = HfDeepSpeedConfig(job.deepspeed) if job.zero_stage == 3 else None
+    model = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision)
+    set_seed(job.config.train.seed + ranks.rank)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=param_groups(model, job.plan, job.blocks, job.settings.weight_decay),
+        config=job.deepspeed,
+        lr_scheduler=_scheduler(job),
+    )
+    return Built(engine, StageEngine(engine, job.plan, job.blocks), hf_deepspeed)
+
+
+def _scheduler(job: Job) -> Callable[[torch.optim.Optimizer], Any] | None:
+    name = job.settings.lr_scheduler_type
+    if name is None:
+        return None  # the DeepSpeed JSON's own
+    return lambda optimizer: get_scheduler(
+        name, optimizer, num_warmup_steps=job.warmup_steps, num_training_steps=job.plan.total_steps
+    )

@@ -1,0 +1,33 @@
+"""Feeds one rank the batches of each optimizer step, in the job's order. No deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from progtuning_ds.tasks import Batch
+from progtuning_ds.train.job import Job
+from progtuning_ds.train.order import micro_batches
+from progtuning_ds.train.ranks import Ranks
+
+
+def step_batches(job: Job, ranks: Ranks, first_step: int = 0) -> Iterator[list[Batch]]:
+    """Yield the forward passes of each optimizer step of a run, from `first_step` to the end, on the CPU."""
+    per_epoch, micro = job.order.steps_per_epoch, job.settings.micro_batch_size
+    for epoch in range(first_step // per_epoch, job.config.train.epochs):
+        steps = job.order.epoch(epoch)[max(0, first_step - epoch * per_epoch) :]
+        mine = [micro_batches(rows, ranks.rank, ranks.world_size, micro) for rows in steps]
+        loader = DataLoader(
+            job.task.train.rows,
+            batch_sampler=[rows for step in mine for rows in step],
+            collate_fn=job.task.collate,
+            num_workers=job.config.data.num_workers,
+            pin_memory=ranks.device.type != "cpu",
+            # Its own generator: the loader draws from it, and dropout must not depend on who loads the data.
+            generator=torch.Generator(),
+        )
+        batches = iter(loader)
+        for step in mine:
+            yield [next(batches) for _ in step]

@@ -1,0 +1,110 @@
+"""The command line of the training program: arguments, overrides, help, and how errors end. No torch, no deepspeed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NoReturn
+
+from progtuning_ds.config import RunConfig, load_run_config, reference
+from progtuning_ds.config.files import shipped_names
+from progtuning_ds.errors import ConfigError, did_you_mean
+
+USER_ERROR = 2
+
+_INTRO = """\
+Fine-tunes a pretrained Transformer in stages (Progtuning) on DeepSpeed.
+
+  deepspeed launch/train.py --config demo
+  deepspeed launch/train.py --config my.yaml train.epochs=2 schedule.num_stages=3 deepspeed=zero3
+  deepspeed --module progtuning_ds.train --config my.yaml --compare
+"""
+
+_EXAMPLE = """\
+A configuration that says the least:
+
+  model: {path: bert-base-uncased}
+  data: {train_file: train.csv, validation_file: test.csv}   # columns: text, label
+  train: {epochs: 3}                                         # three epochs, three stages
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports its errors as a `ConfigError`, so that one rank can speak for all."""
+
+    def error(self, message: str) -> NoReturn:
+        prefix = "unrecognized arguments: "
+        if message.startswith(prefix):
+            name = message.removeprefix(prefix).split()[0].partition("=")[0]
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"{name} is not a known argument{did_you_mean(name, known)}"
+        raise ConfigError(message)
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, argparse.Namespace]:
+    """Read the command line and the configuration it names.
+
+    Raises:
+        ConfigError: one line per mistake.
+    """
+    args = _parser().parse_intermixed_args(argv)
+    if args.config is None:
+        raise ConfigError(f"--config must be given: a file, or one of {', '.join(shipped_names())}")
+    # `overwrite` is no field of the configuration: a saved one must not overwrite when it is run again.
+    overrides = [text for text in args.overrides if text.partition("=")[0] != "overwrite"]
+    for text in args.overrides:
+        if text not in overrides:
+            args.overwrite = _flag(text)
+    return load_run_config(args.config, overrides), args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code: 0, or 2 for a mistake of the user's."""
+    try:
+        config, args = parse(argv)
+        from progtuning_ds.train.program import run_program  # after the cheap checks: this imports torch
+
+        run_program(config, compare=args.compare, overwrite=args.overwrite)
+    except ConfigError as error:
+        _report(error)
+        return USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        description=_INTRO,
+        epilog=f"settings, as section.field=value or in the configuration file:\n\n{reference()}\n\n{_EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ", ".join(shipped_names())
+    parser.add_argument("--config", metavar="FILE", help=f"YAML or JSON file, or one of: {names}")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="overrides of the file")
+    parser.add_argument(
+        "--compare", action="store_true", help="also train without freezing, and print both side by side"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher; the environment has it
+    return parser
+
+
+def _flag(text: str) -> bool:
+    value = text.partition("=")[2].lower()
+    if value not in ("true", "false"):
+        raise ConfigError(f"overwrite must be true or false, got {value!r}")
+    return value == "true"
+
+
+def _report(error: ConfigError) -> None:
+    """Let rank 0 speak for all; another rank waits for it, and speaks only if the launcher lets it live."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(5)
+    for line in str(error).splitlines():
+        prefix = f"rank {rank}: " if rank else ""
+        print(f"error: {prefix}{line}", file=sys.stderr, flush=True)  # noqa: T201

@@ -1,0 +1,48 @@
+"""Writes the trained model in Hugging Face's own format. Uses deepspeed's public API only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_first: bool) -> None:
+    """Save weights as safetensors, with configuration and tokenizer, so that `from_pretrained` loads them.
+
+    Collective: under ZeRO-3 every rank takes part in gathering the weights. Only the first rank writes.
+
+    Args:
+        model: the bare module of the engine.
+        tokenizer: saved beside it.
+        folder: created if needed.
+        is_first: whether this rank writes.
+    """
+    state = full_state_dict(model, keep=is_first)
+    if is_first:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+
+
+def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Return complete weights and buffers on the CPU, gathered one parameter at a time. Collective under ZeRO-3.
+
+    Args:
+        model: the bare module; its parameters may be partitioned.
+        keep: whether this rank keeps them; elsewhere the result is empty, so that one copy is in memory.
+    """
+    import deepspeed
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        partitioned = [parameter] if hasattr(parameter, "ds_id") else []
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            if keep:
+                state[name] = parameter.detach().cpu().clone()
+    if keep:
+        # What is in a state dict beside parameters: persistent buffers. Tied names appear once, as on the hub.
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        state |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in parameters}
+    return state

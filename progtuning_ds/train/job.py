@@ -1,0 +1,127 @@
+"""Everything about a run that is known before any weight is loaded, checked. No deepspeed.
+
+Whatever can be wrong with a configuration, the data or the schedule is found here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from progtuning_ds.accounting import ComponentCounts, RunAccount, account
+from progtuning_ds.blocks import BlockMap, component_counts, discover_blocks
+from progtuning_ds.config import (
+    Hardware,
+    RunConfig,
+    ScheduleConfig,
+    Settings,
+    load_deepspeed,
+    project,
+    settle,
+    settle_warmup,
+)
+from progtuning_ds.schedule import StagePlan
+from progtuning_ds.tasks import Task, build_task
+from progtuning_ds.train import models
+from progtuning_ds.train.order import RowOrder
+from progtuning_ds.train.planning import make_plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, fully described."""
+
+    config: RunConfig
+    settings: Settings
+    shape: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    order: RowOrder
+    blocks: BlockMap
+    counts: ComponentCounts
+    plan: StagePlan
+    warmup_steps: int
+    deepspeed: dict[str, Any]
+    """The complete DeepSpeed configuration."""
+
+    @property
+    def kind(self) -> str:
+        """What to call the run in a table."""
+        return "progtuning" if self.config.schedule.enabled else "full fine-tuning"
+
+    @property
+    def account(self) -> RunAccount:
+        """Parameters that the plan updates, by stage and in all."""
+        return account(self.counts, self.plan, self.order.steps_per_epoch)
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the run."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def prepare_job(
+    config: RunConfig,
+    hardware: Hardware,
+    data_guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Job:
+    """Check a configuration against its data, model and hardware, and work out the run.
+
+    Args:
+        config: the run configuration.
+        hardware: what the run is on.
+        data_guard: context in which data is loaded, such as one that lets a single process fill the caches.
+
+    Raises:
+        ConfigError: one line on what is wrong.
+    """
+    source = load_deepspeed(config.deepspeed)
+    settings = settle(config, source, hardware)
+    shape = models.load_shape(config.model)
+    tokenizer = models.load_tokenizer(config.model, shape)
+    with data_guard():
+        task = build_task(config, tokenizer, models.max_positions(config.model, shape))
+    shape.update(task.model_settings)
+    order = RowOrder(
+        num_rows=len(task.train.rows),
+        global_batch_size=settings.global_batch_size,
+        seed=config.train.seed,
+        lengths=task.train.lengths if config.train.group_by_length else None,
+    )
+    empty = models.empty_model(task.auto_class, config.model, shape)
+    blocks = discover_blocks(empty, path=config.model.blocks)
+    plan = make_plan(config.schedule, len(blocks), epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch)
+    warmup_steps = settle_warmup(config.train, source, plan.total_steps)
+    return Job(
+        config=config,
+        settings=settings,
+        shape=shape,
+        tokenizer=tokenizer,
+        task=task,
+        order=order,
+        blocks=blocks,
+        counts=component_counts(empty, blocks, always_train=plan.always_train),
+        plan=plan,
+        warmup_steps=warmup_steps,
+        deepspeed=project(
+            config,
+            source,
+            settings,
+            total_steps=plan.total_steps,
+            warmup_steps=warmup_steps,
+            hidden_size=models.hidden_size(shape),
+        ),
+    )
+
+
+def without_freezing(job: Job, output_dir: str) -> Job:
+    """Return the same job (model, rows, order, steps) as plain full fine-tuning, with a run directory of its own."""
+    everything = ScheduleConfig(enabled=False)
+    epochs, per_epoch = job.config.train.epochs, job.order.steps_per_epoch
+    plan = make_plan(everything, len(job.blocks), epochs=epochs, steps_per_epoch=per_epoch)
+    config = replace(job.config, schedule=everything, output_dir=output_dir)
+    return replace(job, config=config, plan=plan)

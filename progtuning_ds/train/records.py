@@ -1,0 +1,117 @@
+"""Records of a run: what is written while it goes on, and read back for tables and plots. Standard library only.
+
+Every record is a frozen dataclass and one line of JSON. Bytes are bytes, times are seconds, indices are 0-based.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One optimizer step; loss is the mean over the rows of all ranks."""
+
+    step: int
+    epoch: float
+    stage: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    seconds: float
+    samples_per_second: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationRecord:
+    """One evaluation after `step + 1` optimizer steps."""
+
+    step: int
+    epoch: float
+    stage: int
+    split: str
+    reasons: tuple[str, ...]
+    rows: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """One stage, written when it is over; `transition_*`, `released_*` and `moved_*` tell how it began."""
+
+    stage: int
+    first_step: int
+    steps: int
+    trainable_blocks: tuple[int, ...]
+    embeddings: bool
+    trainable_params: int
+    memory: dict[str, int]
+    state_bytes_per_rank: tuple[int, ...]
+    released_bytes: dict[str, int]
+    moved_bytes: int
+    transition_seconds: float
+    seconds: float
+    samples_per_second: float
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A whole run, written at its end. `updated_params` is the paper's measure (arXiv 2506.21119, section 4)."""
+
+    kind: str
+    world_size: int
+    device: str
+    zero_stage: int
+    precision: str
+    total_steps: int
+    updated_params: int
+    updated_params_full: int
+    saving: float
+    seconds: float
+    main_metric: str
+    metrics: dict[str, dict[str, float]]
+    versions: dict[str, str]
+
+
+FILES = {
+    StepRecord: "steps.jsonl",
+    EvaluationRecord: "evaluations.jsonl",
+    StageRecord: "stages.jsonl",
+    RunRecord: "summary.json",
+}
+
+
+class RecordLog:
+    """Appends records to the files of a run directory, each line complete as soon as it is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, record: Any) -> None:
+        """Append one record to the file of its kind."""
+        line = json.dumps(dataclasses.asdict(record), ensure_ascii=False)
+        with (self.folder / FILES[type(record)]).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def read_records(folder: Path, kind: type[Record]) -> list[Record]:
+    """Read back all records of a kind; an absent file holds none."""
+    path = folder / FILES[kind]
+    if not path.exists():
+        return []
+    return [kind(**_tuples(json.loads(line), kind)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _tuples(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """JSON has no tuples; give them back to the fields that are declared as such."""
+    declared = {field.name for field in dataclasses.fields(kind) if str(field.type).startswith("tuple")}
+    return {key: tuple(value) if key in declared else value for key, value in values.items()}
