@@ -132,7 +132,9 @@ def print_table(report: PlanReport) -> None:
         title=f"{report.architecture}: {plan.num_blocks} blocks ({report.blocks_path}), {total:,} parameters",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        show_edge=False,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("Stage", no_wrap=True)
     for column in ("Blocks", "Embeddings", "Parameters", "Share", "Epochs", "Updated"):

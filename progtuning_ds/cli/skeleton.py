@@ -132,9 +132,7 @@ def _check_file(path: Path) -> None:
 
 
 def _looks_local(model: str) -> bool:
-    return (
-        model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1 or os.sep == "\\" in model
-    )
+    return model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1
 
 
 def _one_line(error: Exception) -> str:
