@@ -200,18 +200,18 @@ def _own_first(old: Layout, buffer: int, survivors: tuple[tuple[str, int], ...])
     surplus = [sum(numel for _, numel in queue) - share for queue in queues]
     order: list[tuple[str, int]] = []
     filled = 0
-    for rank, queue in enumerate(queues):
+    for rank in range(old.world_size):
         end = (rank + 1) * share
-        while filled < end:
+        while filled < end and any(queues):
             # What rank cannot fill itself comes from whoever holds most above a share.
-            donor = rank if queue else max(range(old.world_size), key=lambda r: surplus[r] if queues[r] else -1)
-            if not queues[donor]:
-                break
+            donors = [other for other in range(old.world_size) if queues[other]]
+            donor = rank if queues[rank] else max(donors, key=lambda other: surplus[other])
             item = queues[donor].pop(0)
             if donor != rank:
                 surplus[donor] -= item[1]
             order.append(item)
             filled += item[1]
+    assert not any(queues), "shares add up to at least all survivors"
     return tuple(order)
 
 

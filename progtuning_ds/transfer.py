@@ -18,7 +18,7 @@ import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +69,12 @@ def carry(
     assert new_layout.world_size == ranks.world_size, "a layout is executed by the ranks it was made for"
     sample = next(iter(old.values()))
     staged = {
-        buffer: torch.zeros(new_layout.partition_numel[buffer], dtype=sample.dtype)
+        buffer: torch.empty(new_layout.partition_numel[buffer], dtype=sample.dtype)
         for buffer in sorted({move.dst_buffer for move in plan.moves})
     }
+    for buffer, tensor in staged.items():
+        arriving = [m for m in plan.moves if m.dst_buffer == buffer and m.dst_rank == ranks.rank]
+        zero_gaps(tensor, [(move.dst_offset, move.numel) for move in arriving])
     for span in plan.dropped:
         if span.rank == ranks.rank and span.buffer in old:
             release_pages(old[span.buffer], span.offset, span.offset + span.numel)
@@ -149,8 +152,9 @@ def split_buffer(
     Returns:
         The new buffers, on the device of the old one.
     """
-    staged = [torch.zeros(size, dtype=buffer.dtype) for size in sizes]
+    staged = [torch.empty(size, dtype=buffer.dtype) for size in sizes]
     for target, ranges in zip(staged, pieces, strict=True):
+        zero_gaps(target, [(0, sum(numel for _, numel in ranges))])
         offset = 0
         for start, numel in ranges:
             target.narrow(0, offset, numel).copy_(buffer.narrow(0, start, numel))
@@ -161,6 +165,18 @@ def split_buffer(
     if device.type == "cpu":
         return staged
     return [staged.pop(0).to(device) for _ in range(len(sizes))]
+
+
+def zero_gaps(tensor: torch.Tensor, filled: Iterable[tuple[int, int]]) -> None:
+    """Zero what lies between the ``(start, numel)`` ranges that somebody else fills.
+
+    ``torch.zeros`` would touch every page of the new buffer while the old one is still there.
+    """
+    position = 0
+    for start, numel in sorted(filled):
+        tensor[position:start].zero_()
+        position = start + numel
+    tensor[position:].zero_()
 
 
 def release_storage(tensor: torch.Tensor) -> None:

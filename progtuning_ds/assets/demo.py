@@ -34,9 +34,7 @@ def demo_model_dir(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return ensure_asset(MINILM, cache_dir)
 
 
-def demo_dataset_files(
-    split: str = "small", cache_dir: str | os.PathLike[str] | None = None
-) -> dict[str, Path]:
+def demo_dataset_files(split: str = "small", cache_dir: str | os.PathLike[str] | None = None) -> dict[str, Path]:
     """Files of the default data set by part (`train`, `validation`), fetched on first use.
 
     Raises:
@@ -44,16 +42,12 @@ def demo_dataset_files(
         AssetError: if the data is not cached and cannot be fetched.
     """
     if split not in SPLITS:
-        raise ConfigError(
-            f"demo split must be one of {', '.join(SPLITS)}, got {split!r}{did_you_mean(split, SPLITS)}"
-        )
+        raise ConfigError(f"demo split must be one of {', '.join(SPLITS)}, got {split!r}{did_you_mean(split, SPLITS)}")
     folder = ensure_asset(MOVIE_REVIEWS, cache_dir)
     return {part: folder / split / f"{part}.jsonl" for part in ("train", "validation")}
 
 
-def ensure_demo_assets(
-    cache_dir: str | os.PathLike[str] | None = None, *, split: str = "small"
-) -> DemoAssets:
+def ensure_demo_assets(cache_dir: str | os.PathLike[str] | None = None, *, split: str = "small") -> DemoAssets:
     """Fetch model and data of the default job where they are not cached yet (85 MB, once).
 
     Raises:

@@ -57,10 +57,11 @@ def project(
 
 def _fill_optimizer(content: dict[str, Any], config: RunConfig, source: DeepSpeedSource, settings: Settings) -> None:
     if "optimizer" not in content:
-        content["optimizer"] = {"type": "AdamW", "params": dict.fromkeys(_OPTIMIZER_KEYS, "auto")}
+        wanted: dict[str, Any] = dict.fromkeys(_OPTIMIZER_KEYS, "auto")
         if not source.offloads_optimizer:
             # PyTorch's AdamW needs no compiler on the node; offload insists on DeepSpeed's own CPU Adam.
-            content["optimizer"]["params"] |= {"torch_adam": True, "fused": True}
+            wanted |= {"torch_adam": True, "fused": True}
+        content["optimizer"] = {"type": "AdamW", "params": wanted}
     params = content["optimizer"].setdefault("params", {})
     train = config.train
     values = {
@@ -69,9 +70,9 @@ def _fill_optimizer(content: dict[str, Any], config: RunConfig, source: DeepSpee
         "eps": (settings.epsilon, train.adam_epsilon is not None),
         "weight_decay": (settings.weight_decay, train.weight_decay is not None),
     }
-    for key, (value, wanted) in values.items():
+    for key, (value, asked_for) in values.items():
         # What nobody asked for is not added: an optimizer other than Adam may not know it.
-        if params.get(key) == "auto" or (wanted and key not in params):
+        if params.get(key) == "auto" or (asked_for and key not in params):
             params[key] = value
 
 

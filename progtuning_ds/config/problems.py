@@ -63,8 +63,13 @@ def is_section(owner: type, name: str) -> bool:
     return _section(owner, name) is not None
 
 
+def field_info(owner: type, name: str) -> Any:
+    """Return what pydantic knows of a field (annotation, default, description), or None if there is no such field."""
+    return getattr(owner, "__pydantic_fields__", {}).get(name)
+
+
 def _section(owner: type, name: str) -> type | None:
-    info = getattr(owner, "__pydantic_fields__", {}).get(name)
+    info = field_info(owner, name)
     annotation = info.annotation if info else None
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
 

@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any
 
-from progtuning_ds.config.problems import is_section
+from progtuning_ds.config.problems import field_info, is_section
 from progtuning_ds.config.schema import RunConfig
 
 _NAMES = {"str": "text", "int": "integer", "float": "number", "bool": "true|false", "dict": "mapping"}
@@ -18,13 +18,13 @@ def reference(width: int = 100) -> str:
     """Return every section and field with its type, default and meaning, as plain text."""
     out: list[str] = []
     for field in dataclasses.fields(RunConfig):
-        info = RunConfig.__pydantic_fields__[field.name]
+        info = field_info(RunConfig, field.name)
         if is_section(RunConfig, field.name):
             section = info.annotation
             doc = " ".join((section.__doc__ or "").split())
             out += ["", *textwrap.wrap(f"{field.name}:  {doc}", width, subsequent_indent="    ")]
             for inner in dataclasses.fields(section):
-                out += _entry(f"  {inner.name}", section.__pydantic_fields__[inner.name], width)
+                out += _entry(f"  {inner.name}", field_info(section, inner.name), width)
         else:
             out += ["", *_entry(field.name, info, width)]
     return "\n".join(out).strip("\n")

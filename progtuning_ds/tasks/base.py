@@ -27,14 +27,25 @@ class Task(Protocol):
     where, and hands back the predictions of all rows in order.
     """
 
-    train: EncodedRows
-    """What to train on."""
-    evaluations: Mapping[str, EncodedRows]
-    """What to evaluate on: `validation`, and `test` where there is one."""
-    main_metric: str
-    """The metric that a summary shows; higher is better."""
-    notes: Sequence[str]
-    """What the user should know of the data, one line each."""
+    @property
+    def train(self) -> EncodedRows:
+        """What to train on."""
+        ...
+
+    @property
+    def evaluations(self) -> Mapping[str, EncodedRows]:
+        """What to evaluate on: `validation`, and `test` where there is one."""
+        ...
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that a summary shows; higher is better."""
+        ...
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of the data, one line each."""
+        ...
 
     @property
     def auto_class(self) -> type:

@@ -53,7 +53,7 @@ def load_splits(data: DataConfig, seed: int) -> Splits:
     Raises:
         ConfigError: if a file, data set or split is missing, unreadable or empty.
     """
-    splits = _from_files(data) if data.train_file else _from_source(data)
+    splits = _from_files(data, data.train_file) if data.train_file else _from_source(data)
     if data.validation_fraction:
         parts = splits.train.rows.train_test_split(data.validation_fraction, seed=seed)
         held_out = Split(parts["test"], f"{data.validation_fraction:g} of {splits.train.name}")
@@ -74,8 +74,8 @@ def _limit(split: Split, rows: int | None, seed: int) -> Split:
     return Split(split.rows.shuffle(seed=seed).select(range(rows)), split.name)
 
 
-def _from_files(data: DataConfig) -> Splits:
-    train = _read_file(data.train_file, "data.train_file")
+def _from_files(data: DataConfig, train_file: str) -> Splits:
+    train = _read_file(train_file, "data.train_file")
     test = _read_file(data.test_file, "data.test_file") if data.test_file else None
     if data.validation_file:
         return Splits(train, _read_file(data.validation_file, "data.validation_file"), test)

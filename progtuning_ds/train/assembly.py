@@ -9,8 +9,8 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
-from transformers import get_scheduler, set_seed
+
+from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -31,15 +31,14 @@ class Built:
     """Kept alive: transformers looks at it, through a weak reference, to know of ZeRO-3."""
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> PreTrainedModel:
         """The bare model inside the engine."""
         return self.engine.module
 
     def close(self) -> None:
         """Free the engine's memory; the object is of no use afterwards."""
         self.engine.destroy()
-        self.engine = self.stages = None
-        self.hf_deepspeed = None
+        del self.engine, self.stages, self.hf_deepspeed
         unset_hf_deepspeed_config()
         gc.collect()
 

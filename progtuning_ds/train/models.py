@@ -53,7 +53,7 @@ def load_tokenizer(model: ModelConfig, shape: PreTrainedConfig) -> PreTrainedTok
     """
     path = model_path(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: no tokenizer in {path!r}: {_first_line(error)}") from error
     if tokenizer.pad_token is None:

@@ -15,7 +15,7 @@ import torch
 from progtuning_ds.layout import FLAT_ALIGNMENT, Layout, flat_layout, flat_offsets, padded_numel
 from progtuning_ds.regroup import GroupPlan, GroupTarget
 from progtuning_ds.repartition import RepartitionPlan, check_exact, order_survivors, plan_repartition
-from progtuning_ds.transfer import Ranks, carry, release_pages, split_buffer
+from progtuning_ds.transfer import Ranks, carry, release_pages, split_buffer, zero_gaps
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state, unlink
 
 
@@ -176,7 +176,8 @@ class FlatAdapter(Adapter):
         """
         device, dtype = params[0].device, params[0].dtype
         neighbours = self._frozen_neighbours(params)
-        staged = torch.zeros(self.padded(params), dtype=dtype)
+        staged = torch.empty(self.padded(params), dtype=dtype)
+        zero_gaps(staged, [(0, sum(p.numel() for p in params))])
         offset = 0
         for param in params:
             numel = param.numel()
