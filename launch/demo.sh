@@ -20,4 +20,4 @@ if [[ $gpus -eq 0 || ${DS_ACCELERATOR:-} == cpu ]]; then
 else
     echo "demo: $gpus GPU(s)"
 fi
-exec deepspeed "${ranks[@]}" --master_port "$port" launch/train.py --config progtuning_ds/configs/demo.yaml "$@"
+exec deepspeed "${ranks[@]}" --master_port "$port" launch/train.py --config demo "$@"

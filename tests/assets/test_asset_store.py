@@ -131,13 +131,9 @@ def _ensure_and_count(asset, cache, results):
 
 
 def test_processes_that_ask_at_once_fetch_once_and_all_get_the_files(index, asset, tmp_path):
-    context = multiprocessing.get_context(
-        "fork"
-    )  # no threads here, and the wheel's recipe is a local function
+    context = multiprocessing.get_context("fork")  # no threads here, and the wheel's recipe is a local function
     results = context.Queue()
-    ranks = [
-        context.Process(target=_ensure_and_count, args=(asset, tmp_path / "cache", results)) for _ in range(4)
-    ]
+    ranks = [context.Process(target=_ensure_and_count, args=(asset, tmp_path / "cache", results)) for _ in range(4)]
     for rank in ranks:
         rank.start()
     outcomes = [results.get(timeout=120) for _ in ranks]
