@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from progtuning_ds.blocks import BlockMap, full_shape, set_trainable
+from progtuning_ds.blocks import BlockMap, full_shape, let_backward_stop, set_trainable
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.schedule import StagePlan
 
@@ -28,8 +28,9 @@ def param_groups(
     `always.no_decay`, ..., `part1.decay`, `part1.no_decay`, `part0.decay`, `part0.no_decay`, where `partN` leaves
     after stage N. Empty groups are left out. Parameters that do not train in stage 0 are in no group.
 
-    Also makes exactly the parameters of stage 0 require grad, because DeepSpeed looks at that when it builds an
-    engine.
+    Also makes the model ready for stage 0: exactly the parameters of stage 0 require grad, because DeepSpeed looks at
+    that when it builds an engine, and where embeddings freeze, backward can stop above them (`let_backward_stop`; so
+    enable gradient checkpointing before).
 
     Args:
         model: the bare module; may be partitioned by ZeRO-3.
@@ -44,7 +45,8 @@ def param_groups(
         a torch optimizer.
 
     Raises:
-        ConfigError: if the plan is for another number of blocks, or nothing trains in stage 0.
+        ConfigError: if the plan is for another number of blocks, if nothing trains in stage 0, or if embeddings
+            freeze under reentrant checkpointing.
     """
     if plan.num_blocks != len(blocks):
         raise ConfigError(f"plan.num_blocks must be {len(blocks)} as the model's, got {plan.num_blocks}")
@@ -55,6 +57,8 @@ def param_groups(
     if not first_names:
         raise ConfigError("plan must train something in stage 0, got no parameter that requires grad")
     set_trainable(model, first_names)
+    if not all(stage.embeddings for stage in plan.stages) or blocks.frozen.issuperset(blocks.embeddings):
+        let_backward_stop(model)
 
     parameters = dict(model.named_parameters())
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}

@@ -2,6 +2,14 @@
 
 from progtuning_ds.blocks.block_map import BlockMap
 from progtuning_ds.blocks.discovery import discover_blocks
-from progtuning_ds.blocks.parameters import component_counts, full_numel, full_shape, set_trainable
+from progtuning_ds.blocks.parameters import component_counts, full_numel, full_shape, let_backward_stop, set_trainable
 
-__all__ = ["BlockMap", "component_counts", "discover_blocks", "full_numel", "full_shape", "set_trainable"]
+__all__ = [
+    "BlockMap",
+    "component_counts",
+    "discover_blocks",
+    "full_numel",
+    "full_shape",
+    "let_backward_stop",
+    "set_trainable",
+]

@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from progtuning_ds.accounting import ComponentCounts
 from progtuning_ds.blocks.block_map import BlockMap
@@ -39,6 +40,31 @@ def set_trainable(model: nn.Module, names: Iterable[str]) -> None:
         raise ConfigError(f"names must be parameters of the model, got {name!r}{did_you_mean(name, parameters)}")
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in wanted)
+
+
+def let_backward_stop(model: nn.Module) -> None:
+    """Take away what makes the outputs of frozen embeddings require grad, so that backward can stop above them.
+
+    With gradient checkpointing, transformers (`PreTrainedModel.enable_input_require_grads`) makes the embeddings'
+    output require grad, which runs backward through every frozen block. Only reentrant checkpointing needs that.
+
+    Args:
+        model: the bare module; nothing happens when it does no checkpointing.
+
+    Raises:
+        ConfigError: if the model uses reentrant checkpointing, whose lowest trainable block would get no gradient.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+            if keywords.get("use_reentrant", False):
+                raise ConfigError(
+                    f"gradient checkpointing must be non-reentrant when embeddings freeze, got use_reentrant=True in "
+                    f"{name or 'the model'}; enable it with {{'use_reentrant': False}}"
+                )
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.disable_input_require_grads()
 
 
 def component_counts(model: nn.Module, blocks: BlockMap, *, always_train: Collection[str] = ()) -> ComponentCounts:
