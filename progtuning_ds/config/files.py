@@ -91,5 +91,4 @@ def _near_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return ""
-    hint = did_you_mean(path.name, (entry.name for entry in folder.iterdir() if entry.is_file()))
-    return hint.replace(path.name, str(folder / path.name)) if hint else ""
+    return did_you_mean(path.name, (entry.name for entry in folder.iterdir() if entry.is_file()))

@@ -131,6 +131,8 @@ def _load(source: str, config_name: str | None) -> DatasetDict:
         if (Path(source) / "dataset_dict.json").is_file():
             return load_from_disk(source)
         return load_dataset(source, config_name)
+    except IndexError as error:  # how datasets fails on a saved split without rows
+        raise ConfigError(f"data.source: {source!r} has a split that holds no rows") from error
     except (DatasetsError, OSError, ValueError) as error:
         field = "data.source" if config_name is None else f"data.source {source!r}, data.config_name"
         raise ConfigError(f"{field}: cannot load {config_name or source!r}: {_reason(error)}") from error

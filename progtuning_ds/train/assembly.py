@@ -9,7 +9,6 @@ from typing import Any
 
 import deepspeed
 import torch
-
 from transformers import PreTrainedModel, get_scheduler, set_seed
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config

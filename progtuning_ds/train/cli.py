@@ -7,11 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from progtuning_ds.config import RunConfig, load_run_config, reference
 from progtuning_ds.config.files import shipped_names
 from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.train.quiet import quiet_libraries
+from progtuning_ds.train.run_dir import check_run_dir
 
 USER_ERROR = 2
 
@@ -65,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code: 0, or 2 for a mistake of the user's."""
     try:
         config, args = parse(argv)
-        from progtuning_ds.train.program import run_program  # after the cheap checks: this imports torch
+        check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite)
+        quiet_libraries(config.logging)
+        from progtuning_ds.train.program import run_program  # last, because it imports torch and DeepSpeed
 
         run_program(config, compare=args.compare, overwrite=args.overwrite)
     except ConfigError as error:

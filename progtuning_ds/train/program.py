@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import platform
 import time
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,9 +13,12 @@ from pathlib import Path
 from rich.console import Console
 
 from progtuning_ds import __version__
-from progtuning_ds.config import LoggingConfig, RunConfig, save_run_config
+from progtuning_ds.config import RunConfig, save_run_config
 from progtuning_ds.train import run_dir
+from progtuning_ds.train.assembly import build
+from progtuning_ds.train.export import save_final
 from progtuning_ds.train.job import Job, prepare_job, without_freezing
+from progtuning_ds.train.loop import TrainingLoop
 from progtuning_ds.train.observers import Observer, Observers, Recorder
 from progtuning_ds.train.plots import draw_training
 from progtuning_ds.train.progress import make_progress
@@ -35,7 +36,6 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
     folder = Path(config.output_dir).expanduser()
     # Every rank looks before the process group exists, and the first one writes after: all see the same.
     run_dir.check_run_dir(folder, overwrite=overwrite)
-    quiet_libraries(config.logging)
     ranks = start_ranks()
     console = make_console(ranks)
     job = prepare_job(config, hardware(ranks), ranks.local_first)
@@ -56,33 +56,7 @@ def make_console(ranks: Ranks) -> Console:
     return console if console.is_terminal else Console(quiet=not ranks.is_first, width=120)
 
 
-def quiet_libraries(settings: LoggingConfig) -> None:
-    """Let the libraries say no more than the user asked for; DeepSpeed alone logs hundreds of lines otherwise."""
-    import datasets
-    import transformers
-
-    level = getattr(logging, settings.deepspeed.upper())
-    logging.disable(level - 1)  # DeepSpeed sets its own level while it is imported
-    import deepspeed  # noqa: F401 - for its effect on logging
-
-    logging.disable(logging.NOTSET)
-    for handler in (logger := logging.getLogger("DeepSpeed")).handlers:
-        handler.setLevel(level)
-    logger.setLevel(level)
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised as well
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    # DeepSpeed supports older versions of PyTorch than the one that wants another name.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-
-
 def _run(job: Job, ranks: Ranks, console: Console) -> None:
-    # Imported here, because these import DeepSpeed, which speaks up before it can be told not to.
-    from progtuning_ds.train.assembly import build
-    from progtuning_ds.train.export import save_final
-    from progtuning_ds.train.loop import TrainingLoop
-
     began = time.perf_counter()
     folder = Path(job.config.output_dir).expanduser()
     if ranks.is_first:

@@ -91,7 +91,7 @@ def step_words(records: Sequence[StepRecord], num_stages: int) -> str:
     rate = count / sum(1 / record.samples_per_second for record in records)
     return (
         f"stage {last.stage + 1}/{num_stages}  loss {loss:.4f}  lr {last.learning_rate:.2e}  "
-        f"{rate:.1f} samples/s  mem {last.memory_bytes / 2**30:.2f} GiB"
+        f"{rate:.1f} samples/s  mem {human_bytes(last.memory_bytes)}"
     )
 
 
@@ -122,11 +122,19 @@ def evaluation_line(record: EvaluationRecord) -> str:
     return f"{record.split} after epoch {record.epoch:.4g}: {scores}  ({record.rows} rows, {record.seconds:.1f} s)"
 
 
+def human_bytes(count: int) -> str:
+    """Write a number of bytes with a binary unit."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(count) >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"
+
+
 def transition_line(transition: StageTransition) -> str:
     """What a transition did, in words."""
-    released = sum(transition.released_bytes.values()) / 2**20
+    released = human_bytes(sum(transition.released_bytes.values()))
     return (
-        f"  {len(transition.frozen)} parameters froze, {len(transition.unfrozen)} joined: {released:.1f} MiB released "
-        f"on each rank, {transition.moved_bytes / 2**20:.1f} MiB moved between ranks, "
+        f"  {len(transition.frozen)} parameters froze, {len(transition.unfrozen)} joined: {released} released "
+        f"on each rank, {human_bytes(transition.moved_bytes)} moved between ranks, "
         f"{transition.seconds * 1000:.0f} ms"
     )

@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from progtuning_ds.train.progress import human_bytes
 from progtuning_ds.train.records import RunRecord, StageRecord
 
 
@@ -59,5 +60,5 @@ def print_comparison(console: Console, runs: Sequence[RunRecord], stages: Sequen
 
 
 def _bytes(per_rank: Sequence[int]) -> str:
-    """The largest share, in MiB; shares are equal up to alignment."""
-    return f"{max(per_rank) / 2**20:.1f} MiB"
+    """The largest share; shares are equal up to alignment."""
+    return human_bytes(max(per_rank))
