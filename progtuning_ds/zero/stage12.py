@@ -163,7 +163,9 @@ class Stage12Adapter(FlatAdapter):
         if zero.cpu_offload:
             self._offload_buffers(groups, accumulated)
         for name in self._GROUP_DICTS:
-            getattr(zero, name, {}).clear()
+            by_group = getattr(zero, name, None)
+            if by_group is not None:  # some appeared after 0.16, some are None until first used
+                by_group.clear()
         zero.initialize_gradient_partitioning_data_structures()
         zero.reset_partition_gradient_structures()
         self._renew_hooks()
