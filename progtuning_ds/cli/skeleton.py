@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.errors import ConfigError, did_you_mean, require_choice
 
 # head: (auto class, its mapping from configs, ending of the architectures that have it)
 _HEADS = {
@@ -54,22 +54,9 @@ _HEADS_WITH_LABELS = ("sequence-classification", "token-classification", "image-
 
 def load_config(model: str) -> transformers.PretrainedConfig:
     """Read the config of a folder, a JSON file or a hub id; `ConfigError` when there is none to read."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
-        _check_file(path)
-        source = str(path)
-    elif _looks_local(model) or path.name == "config.json":
-        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
-        raise ConfigError(
-            f"model must be a folder or file with a config.json, or a hub id, got {model!r}, which does not exist"
-            f"{did_you_mean(path.name, siblings)}"
-        )
-    else:
-        source = model
+    path = _local_file(model)
     try:
-        return transformers.AutoConfig.from_pretrained(source)
+        return transformers.AutoConfig.from_pretrained(model if path is None else str(path))
     except OSError as error:
         raise ConfigError(
             f"model must be a folder or file with a config.json, or a hub id that can be reached, got {model!r}"
@@ -78,10 +65,29 @@ def load_config(model: str) -> transformers.PretrainedConfig:
         raise ConfigError(f"model {model!r} has a config that transformers refuses: {_one_line(error)}") from error
 
 
+def _local_file(model: str) -> Path | None:
+    """Return the checked config file that `model` names, or `None` when it can only be a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model must be a folder with a config.json, got {model!r}, which has none")
+        path = path / "config.json"
+    if path.is_file():
+        _check_file(path)
+        return path
+    if model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1:
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        raise ConfigError(
+            f"model must be a folder or file with a config.json, or a hub id, got {model!r}, which does not exist"
+            f"{did_you_mean(path.name, siblings)}"
+        )
+    return None
+
+
 def choose_head(config: transformers.PretrainedConfig, asked: str | None = None) -> str:
     """Return the head to count: the one asked for, else the architecture's, else sequence classification."""
-    if asked is not None and asked not in HEADS:
-        raise ConfigError(f"head must be one of {', '.join(HEADS)}, got {asked!r}{did_you_mean(asked, HEADS)}")
+    if asked is not None:
+        require_choice("head", asked, HEADS)
     available = [head for head, (_, mapping, _) in _HEADS.items() if type(config) in mapping]
     if not available or (asked is not None and asked not in available):
         raise ConfigError(
@@ -129,10 +135,6 @@ def _check_file(path: Path) -> None:
             f"model_type in {str(path)!r} must be one that transformers {transformers.__version__} knows, got {kind!r}"
             f"{did_you_mean(kind, transformers.CONFIG_MAPPING)}"
         )
-
-
-def _looks_local(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or model.endswith(".json") or model.count("/") > 1
 
 
 def _one_line(error: Exception) -> str:
