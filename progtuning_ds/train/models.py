@@ -56,6 +56,9 @@ def load_tokenizer(model: ModelConfig, shape: PreTrainedConfig) -> PreTrainedTok
         tokenizer: Any = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: no tokenizer in {path!r}: {_first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # What transformers makes of a folder that has none.
+        raise ConfigError(f"model.path: no tokenizer in {path!r}: it knows no word")
     if tokenizer.pad_token is None:
         # Decoders are trained without padding; what is padded is masked, so any known token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
