@@ -33,6 +33,14 @@ def keep_linked(wrapper: Any, groups: Callable[[], Iterable[tuple[list[torch.nn.
         link_masters()
         link_states()
 
+    if hasattr(wrapper, "reload_states"):
+        reload = wrapper.reload_states
+
+        def reload_states(*args: Any, **kwargs: Any) -> None:
+            reload(*args, **kwargs)
+            link_all()  # states come back as new tensors
+
+        wrapper.reload_states = reload_states
     wrapper._link_all_hp_params = link_all
     wrapper._lazy_init_hp_params_optimizer_state = link_states
     link_all()

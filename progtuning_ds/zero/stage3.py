@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -17,6 +18,7 @@ from progtuning_ds.layout import Layout, sharded_layout
 from progtuning_ds.regroup import GroupPlan, GroupTarget
 from progtuning_ds.transfer import release_pages, split_buffer
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state
+from progtuning_ds.zero.moving_weights import follow_frozen_weights
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _RELEASE_CACHE = "_PartitionedParameterCoordinator__params_to_release"
@@ -92,6 +94,10 @@ class Stage3Adapter(Adapter):
             "_leaf_module_hooks",
         }
     )
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine)
+        follow_frozen_weights(self.wrapper)
 
     # ---- reading -----------------------------------------------------------------------------------------------
 
