@@ -7,11 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import groupby, pairwise
-from numbers import Real
 from typing import Any
 
 from progtuning_ds.errors import ConfigError, require_choice
-from progtuning_ds.stage_input import check_custom_stage, parse_blocks, require_positive_int, stage_ends
+from progtuning_ds.stage_input import (
+    Length,
+    check_custom_stage,
+    parse_blocks,
+    read_patterns,
+    require_positive_int,
+    stage_ends,
+)
 
 EMBEDDINGS = ("always", "first_stage", "never")
 
@@ -53,9 +59,7 @@ class StagePlan:
 
     def __post_init__(self) -> None:
         require_positive_int("num_blocks", self.num_blocks)
-        if isinstance(self.always_train, str) or not all(isinstance(p, str) for p in self.always_train):
-            raise ConfigError(f"always_train must be a sequence of parameter name patterns, got {self.always_train!r}")
-        object.__setattr__(self, "always_train", tuple(self.always_train))
+        object.__setattr__(self, "always_train", read_patterns(self.always_train))
         object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "stages", tuple(self.stages))
         self._check_parts()
@@ -191,7 +195,7 @@ def plan_stages(
     total_steps: int,
     embeddings: str = "always",
     *,
-    lengths: Sequence[Real] | None = None,
+    lengths: Sequence[Length] | None = None,
     length_unit: str = "steps",
     steps_per_epoch: int | None = None,
     always_train: Sequence[str] = (),
@@ -233,7 +237,7 @@ def plan_stages(
         )
         for index, (start, end) in enumerate(pairwise([0, *ends]))
     )
-    return StagePlan(num_blocks, parts, stages, always_train)  # type: ignore[arg-type]
+    return StagePlan(num_blocks, parts, stages, read_patterns(always_train))
 
 
 def custom_plan(num_blocks: int, stages: Sequence[Mapping[str, Any]], *, always_train: Sequence[str] = ()) -> StagePlan:
@@ -264,4 +268,4 @@ def custom_plan(num_blocks: int, stages: Sequence[Mapping[str, Any]], *, always_
     membership = [tuple(b in stage.trainable_blocks for stage in built) for b in range(num_blocks)]
     runs = [list(run) for _, run in groupby(range(num_blocks), key=membership.__getitem__)]
     parts = tuple(Part(index, range(run[0], run[-1] + 1)) for index, run in enumerate(runs))
-    return StagePlan(num_blocks, parts, tuple(built), always_train)  # type: ignore[arg-type]
+    return StagePlan(num_blocks, parts, tuple(built), read_patterns(always_train))

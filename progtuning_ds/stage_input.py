@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise
-from numbers import Real
-from typing import Any
+from numbers import Rational
+from typing import Any, TypeAlias
 
 from progtuning_ds.errors import ConfigError, did_you_mean, require_choice
+
+# Floats are read as they are written: 0.1 is a tenth.
+Length: TypeAlias = Rational | float | int
 
 LENGTH_UNITS = ("steps", "epochs", "fractions")
 CUSTOM_STAGE_KEYS = ("blocks", "steps", "embeddings")
@@ -17,7 +20,7 @@ _FRACTION_TOLERANCE = Fraction(1, 100)
 
 
 def stage_ends(
-    lengths: Sequence[Real], num_stages: int, total_steps: int, unit: str, steps_per_epoch: int | None
+    lengths: Sequence[Length], num_stages: int, total_steps: int, unit: str, steps_per_epoch: int | None
 ) -> list[int]:
     """Turn stage lengths into the end step of every stage.
 
@@ -47,10 +50,17 @@ def stage_ends(
     return ends
 
 
-def _exact_length(index: int, length: Real, unit: str) -> Fraction:
-    if isinstance(length, bool) or not isinstance(length, Real) or not 0 < length < float("inf"):
+def read_patterns(patterns: Sequence[str]) -> tuple[str, ...]:
+    """Return name patterns as a tuple; `ConfigError` for a single text, which would be taken letter by letter."""
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"always_train must be a sequence of parameter name patterns, got {patterns!r}")
+    return tuple(patterns)
+
+
+def _exact_length(index: int, length: Length, unit: str) -> Fraction:
+    if isinstance(length, bool) or not isinstance(length, (Rational, float)) or not 0 < float(length) < float("inf"):
         raise ConfigError(f"lengths[{index}] must be a positive number of {unit}, got {length!r}")
-    exact = Fraction(length) if not isinstance(length, float) else Fraction(repr(length))
+    exact = Fraction(repr(float(length))) if isinstance(length, float) else Fraction(length)
     if unit == "steps" and exact.denominator != 1:
         raise ConfigError(f"lengths[{index}] must be a whole number of steps, got {length!r}")
     return exact

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import nn
 
@@ -76,7 +77,7 @@ def _find_stacks(model: nn.Module) -> list[_Stack]:
     if len(main) == 1:
         return [_Stack(main[0][1], main[0][2])]
     if len(main) == 2 and _is_encoder_decoder(model):
-        encoder = set(model.get_encoder().modules())
+        encoder = set(cast(Any, model).get_encoder().modules())
         main.sort(key=lambda candidate: candidate[2] not in encoder)
         if main[0][2] in encoder and main[1][2] not in encoder:
             return _offsets([(path, module) for _, path, module in main])
@@ -171,7 +172,7 @@ def _place(
             stack = inside[name][0]
             places.extend((f"{full}.{key}", stack.offset + i) for i, key in enumerate(stack.module._modules))
         else:
-            _place(module._modules[name], f"{full}.", inside[name], last, places)
+            _place(module.get_submodule(name), f"{full}.", inside[name], last, places)
 
 
 def _comes_after(module: nn.Module, name: str, child: str, order: dict[str, bool], names: Sequence[str]) -> bool:

@@ -20,9 +20,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-# typer brings its own copy of click since 0.20; the base of BadParameter is UsageError in both.
-_UsageError = typer.BadParameter.__base__
-assert _UsageError is not None
+# Newer typers bring their own copy of click; the base of BadParameter is UsageError in both.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _PLAN_EXAMPLES = """\
 [bold]Examples[/bold]

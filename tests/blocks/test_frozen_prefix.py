@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -213,3 +214,20 @@ def test_reentrant_checkpointing_is_refused_where_embeddings_freeze() -> None:
     enable_checkpointing(model, use_reentrant=True)
     with pytest.raises(ConfigError, match="gradient checkpointing must be non-reentrant when embeddings freeze"):
         param_groups(model, plan_stages(4, 2, 2, "first_stage"), discover_blocks(model))
+
+
+def test_a_lora_base_keeps_no_activations_below_the_lowest_adapter() -> None:
+    model = get_peft_model(llama().train(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    enable_checkpointing(model, use_reentrant=False)
+    blocks = discover_blocks(model)
+    plan = plan_stages(4, 2, 2, "always")  # the embeddings are frozen with the base, whatever the plan says
+    param_groups(model, plan, blocks)
+    set_trainable(model, blocks.trainable_names(plan.stages[1]))
+    needs: list[bool] = []
+    for block in model.get_submodule(blocks.path):
+        block.register_forward_pre_hook(lambda _, args: needs.append(args[0].requires_grad))
+    model(input_ids=torch.arange(3, 13)[None]).logits.square().mean().backward()
+    assert needs == [False, False, False, True]
+    assert {name for name, p in model.named_parameters() if p.grad is not None} == {
+        name for name in blocks.order if "lora" in name and blocks.component_of(name) in (2, 3)
+    }
