@@ -35,4 +35,5 @@ def test_no_launch_script_has_the_name_of_another_module():
     """A script's folder leads `sys.path`, so such a file would be imported in the other's place."""
     stems = {path.stem for path in (ROOT / "launch").glob("*.py")}
     clashes = {stem for stem in stems if stem in sys.stdlib_module_names or importlib.util.find_spec(stem)}
+    assert "train" in stems
     assert not clashes
