@@ -63,7 +63,8 @@ def let_backward_stop(model: nn.Module) -> None:
                     f"{name or 'the model'}; enable it with {{'use_reentrant': False}}"
                 )
     for module in model.modules():
-        if isinstance(module, PreTrainedModel):
+        # Older transformers fail to disable what was never enabled.
+        if isinstance(module, PreTrainedModel) and hasattr(module, "_require_grads_hook"):
             module.disable_input_require_grads()
 
 
