@@ -259,12 +259,23 @@ def measure_throughput(bench: Bench, report: Report) -> None:
 def show(report: Report) -> None:
     console = Console(width=110)
     console.print_json(json.dumps(report.environment))
-    o = report.overhead
+    if report.overhead:
+        _show_overhead(console, report.overhead)
+    if report.planned or report.unplanned:
+        _show_transitions(console, report)
+    if report.throughput:
+        _show_throughput(console, report)
+
+
+def _show_overhead(console: Console, o: dict[str, float]) -> None:
     console.print(f"step: plain {o['plain_seconds']:.3f} s, staged {o['staged_seconds']:.3f} s, ratio {o['ratio']:.4f}")
+
+
+def _show_transitions(console: Console, report: Report) -> None:
     table = Table("transition", "seconds", "in steps", "moved MiB", "least MiB", "extra peak MiB", "change MiB")
     for name, row in [
         *((f"planned, stage {r['stage'] + 1}", r) for r in report.planned),
-        ("unplanned", report.unplanned),
+        *([("unplanned", report.unplanned)] if report.unplanned else []),
     ]:
         table.add_row(
             name,
@@ -276,6 +287,9 @@ def show(report: Report) -> None:
             f"{row['memory_change_bytes'] / MIB:.1f}",
         )
     console.print(table)
+
+
+def _show_throughput(console: Console, report: Report) -> None:
     table = Table("embeddings", "stage", "speed-up over full", "FLOP bound", "of the bound", "state MiB a rank")
     for row in report.throughput:
         table.add_row(

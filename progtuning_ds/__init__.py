@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from progtuning_ds.blocks import BlockMap, discover_blocks
     from progtuning_ds.engine import StageEngine, StageTransition
     from progtuning_ds.errors import ConfigError, StageTransitionError, UnsupportedDeepSpeedError
-    from progtuning_ds.param_groups import param_groups
+    from progtuning_ds.grouping import param_groups
     from progtuning_ds.schedule import Part, Stage, StagePlan, custom_plan, partition_blocks, plan_stages
 
 __version__ = "0.1.0.dev0"
@@ -30,7 +30,7 @@ _HOME = {
     "UnsupportedDeepSpeedError": "errors",
     "custom_plan": "schedule",
     "discover_blocks": "blocks",
-    "param_groups": "param_groups",
+    "param_groups": "grouping",
     "partition_blocks": "schedule",
     "plan_stages": "schedule",
 }
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # `progtuning_ds.param_groups` is a module and a function: importing the module would shadow the function.
+
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -19,6 +19,7 @@ from deepspeed.accelerator import get_accelerator
 
 from progtuning_ds.blocks import BlockMap, full_shape, set_trainable
 from progtuning_ds.errors import StageTransitionError, did_you_mean
+from progtuning_ds.grouping import free_backward
 from progtuning_ds.regroup import GroupPlan, fingerprint, plan_groups
 from progtuning_ds.schedule import Stage, StagePlan
 from progtuning_ds.transfer import DEFAULT_CHUNK_BYTES
@@ -99,6 +100,7 @@ class StageEngine:
         self._check_names()
         self._check_same_everywhere("the plan or the model", plan, blocks.blocks, blocks.embeddings, blocks.head)
         self._check_nothing_frozen()
+        free_backward(engine.module, plan, blocks)
         complete_checkpoints(engine)
 
     @property

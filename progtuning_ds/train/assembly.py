@@ -14,7 +14,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from progtuning_ds.engine import StageEngine
-from progtuning_ds.param_groups import param_groups
+from progtuning_ds.grouping import param_groups
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.models import load_model
 from progtuning_ds.train.ranks import Ranks

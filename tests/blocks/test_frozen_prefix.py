@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from progtuning_ds.blocks import BlockMap, discover_blocks, set_trainable
 from progtuning_ds.errors import ConfigError
-from progtuning_ds.param_groups import param_groups
+from progtuning_ds.grouping import param_groups
 from progtuning_ds.schedule import StagePlan, plan_stages
 
 SIZES = {

@@ -12,7 +12,7 @@ from torch import nn
 
 from progtuning_ds.blocks import BlockMap, discover_blocks
 from progtuning_ds.errors import ConfigError
-from progtuning_ds.param_groups import param_groups
+from progtuning_ds.grouping import param_groups
 from progtuning_ds.schedule import EMBEDDINGS, StagePlan, custom_plan, plan_stages
 from tests.blocks.families import build
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from progtuning_ds.blocks import component_counts, discover_blocks, set_trainable
-from progtuning_ds.param_groups import param_groups
+from progtuning_ds.grouping import param_groups
 from progtuning_ds.schedule import plan_stages
 from tests.blocks.families import build
 from tests.ranks import RankPools

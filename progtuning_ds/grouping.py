@@ -57,8 +57,7 @@ def param_groups(
     if not first_names:
         raise ConfigError("plan must train something in stage 0, got no parameter that requires grad")
     set_trainable(model, first_names)
-    if not all(stage.embeddings for stage in plan.stages) or blocks.frozen.issuperset(blocks.embeddings):
-        let_backward_stop(model)
+    free_backward(model, plan, blocks)
 
     parameters = dict(model.named_parameters())
     members: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -74,6 +73,12 @@ def param_groups(
         }
         for leaves, decays in sorted(members, reverse=True)
     ]
+
+
+def free_backward(model: nn.Module, plan: StagePlan, blocks: BlockMap) -> None:
+    """Let backward stop at the lowest trainable block wherever `plan` freezes the embeddings (`let_backward_stop`)."""
+    if not all(stage.embeddings for stage in plan.stages) or blocks.frozen.issuperset(blocks.embeddings):
+        let_backward_stop(model)
 
 
 def _decays(name: str, parameter: nn.Parameter, no_decay: Sequence[str] | None) -> bool:
