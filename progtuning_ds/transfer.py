@@ -28,6 +28,7 @@ from progtuning_ds.layout import Layout
 from progtuning_ds.repartition import Move, RepartitionPlan, merge_moves, split_move
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
+_COPY_BYTES = 8 * 2**20
 _RELEASE_FLOOR_BYTES = 2**20
 _MADV_DONTNEED = 4
 
@@ -77,7 +78,7 @@ def carry(
         zero_gaps(tensor, [(move.dst_offset, move.numel) for move in arriving])
     for span in plan.dropped:
         if span.rank == ranks.rank and span.buffer in old:
-            release_pages(old[span.buffer], span.offset, span.offset + span.numel)
+            release_pages(old[span.buffer].detach().narrow(0, span.offset, span.numel))
     limit = max(1, chunk_bytes // sample.element_size() // 2)
     for round_ in _rounds(plan.moves, limit, ranks.world_size):
         _exchange(round_, old, staged, ranks)
@@ -112,7 +113,7 @@ def _exchange(round_: list[Move], old: dict[int, torch.Tensor], staged: dict[int
     for move in round_:
         if not move.crosses_ranks:
             if move.src_rank == ranks.rank:
-                _target(move, staged).copy_(_source(move, old))
+                drain(_source(move, old), _target(move, staged))
         elif move.src_rank == ranks.rank:
             peer = ranks.global_rank(move.dst_rank)
             operations.append(dist.P2POp(dist.isend, _source(move, old).contiguous(), peer, ranks.group))
@@ -127,8 +128,8 @@ def _exchange(round_: list[Move], old: dict[int, torch.Tensor], staged: dict[int
     for move, arrival in arrivals:
         _target(move, staged).copy_(arrival)
     for move in round_:
-        if move.src_rank == ranks.rank:
-            release_pages(old[move.src_buffer], move.src_offset, move.src_offset + move.numel)
+        if move.src_rank == ranks.rank and move.crosses_ranks:
+            release_pages(_source(move, old))
 
 
 def _source(move: Move, old: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -157,8 +158,7 @@ def split_buffer(
         zero_gaps(target, [(0, sum(numel for _, numel in ranges))])
         offset = 0
         for start, numel in ranges:
-            target.narrow(0, offset, numel).copy_(buffer.narrow(0, start, numel))
-            release_pages(buffer, start, start + numel)
+            drain(buffer.narrow(0, start, numel), target.narrow(0, offset, numel))
             offset += numel
     device = buffer.device
     release_storage(buffer)
@@ -190,22 +190,30 @@ def release_storage(tensor: torch.Tensor) -> None:
         storage.resize_(0)
 
 
-def release_pages(tensor: torch.Tensor, start: int, stop: int) -> None:
-    """Hand whole memory pages of elements [start, stop) back to the operating system; they read as zero afterwards.
+def drain(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy ``source`` to ``target`` (1-D, contiguous, same size), releasing its pages as they are read.
 
-    Does nothing for accelerator or pinned memory, for small ranges, and outside Linux: the memory is then released
-    with the whole buffer.
+    ``source`` is undefined afterwards.
     """
-    numel = stop - start
-    if tensor.device.type != "cpu" or numel * tensor.element_size() < _RELEASE_FLOOR_BYTES:
+    step = max(1, _COPY_BYTES // source.element_size())
+    for start in range(0, source.numel(), step):
+        piece = source[start : start + step]
+        target[start : start + step].copy_(piece)
+        release_pages(piece)
+
+
+def release_pages(tensor: torch.Tensor) -> None:
+    """Hand the memory pages that lie wholly inside a 1-D contiguous ``tensor`` back to the operating system.
+
+    They read as zero afterwards. Does nothing for accelerator or pinned memory, for small tensors, and outside Linux:
+    the memory is then released with the whole buffer.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < _RELEASE_FLOOR_BYTES or sys.platform != "linux" or tensor.is_pinned():
         return
-    if sys.platform != "linux" or tensor.is_pinned():
-        return
-    first = tensor.data_ptr() + start * tensor.element_size()
-    last = first + numel * tensor.element_size()
-    # Only pages that lie inside the range: a page at its edge also holds the neighbour's elements.
-    first = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-    last = last // mmap.PAGESIZE * mmap.PAGESIZE
+    # A page at the edge also holds the neighbour's elements and stays.
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (tensor.data_ptr() + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if last > first:
         _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(_MADV_DONTNEED))
 

@@ -15,7 +15,7 @@ import torch
 from progtuning_ds.layout import FLAT_ALIGNMENT, Layout, flat_layout, flat_offsets, padded_numel
 from progtuning_ds.regroup import GroupPlan, GroupTarget
 from progtuning_ds.repartition import RepartitionPlan, check_exact, order_survivors, plan_repartition
-from progtuning_ds.transfer import Ranks, carry, release_pages, split_buffer, zero_gaps
+from progtuning_ds.transfer import Ranks, carry, drain, split_buffer, zero_gaps
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state, unlink
 
 
@@ -181,8 +181,7 @@ class FlatAdapter(Adapter):
         offset = 0
         for param in params:
             numel = param.numel()
-            staged.narrow(0, offset, numel).copy_(param.data.view(-1))
-            release_pages(param.data.view(-1), 0, numel)
+            drain(param.data.view(-1), staged.narrow(0, offset, numel))
             offset += numel
         for neighbour in neighbours:
             neighbour.data = neighbour.data.clone()

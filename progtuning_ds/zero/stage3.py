@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from progtuning_ds.layout import Layout, sharded_layout
 from progtuning_ds.regroup import GroupPlan, GroupTarget
-from progtuning_ds.transfer import release_pages, split_buffer
+from progtuning_ds.transfer import drain, split_buffer
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state
 from progtuning_ds.zero.moving_weights import follow_frozen_weights
 
@@ -363,8 +363,7 @@ def _gathered(params: list[Parameter]) -> torch.Tensor:
     offset = 0
     for param in params:
         shard = param.ds_tensor
-        staged.narrow(0, offset, shard.numel()).copy_(shard.view(-1))
-        release_pages(shard.view(-1), 0, shard.numel())
+        drain(shard.view(-1), staged.narrow(0, offset, shard.numel()))
         offset += shard.numel()
         shard.data = torch.empty(0, dtype=shard.dtype, device=shard.device)
     flat = staged.to(first.device)
