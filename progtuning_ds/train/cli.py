@@ -70,13 +70,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, args = parse(argv)
         check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite)
         quiet_libraries(config.logging)
-        from progtuning_ds.train.program import run_program  # last, because it imports torch and DeepSpeed
-
-        run_program(config, compare=args.compare, overwrite=args.overwrite)
+        _run(config, args)
     except ConfigError as error:
         _report(error)
         return USER_ERROR
     return 0
+
+
+def _run(config: RunConfig, args: argparse.Namespace) -> None:
+    from progtuning_ds.train.program import run_program  # not at the top: this imports torch and DeepSpeed
+    from progtuning_ds.train.ranks import leave_ranks
+
+    try:
+        run_program(config, compare=args.compare, overwrite=args.overwrite)
+    except ConfigError:
+        leave_ranks()
+        raise
+    leave_ranks()
 
 
 def _parser() -> argparse.ArgumentParser:

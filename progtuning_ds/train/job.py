@@ -5,8 +5,6 @@ Whatever can be wrong with a configuration, the data or the schedule is found he
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,17 +62,12 @@ class Job:
         return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
 
 
-def prepare_job(
-    config: RunConfig,
-    hardware: Hardware,
-    data_guard: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Job:
+def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
     """Check a configuration against its data, model and hardware, and work out the run.
 
     Args:
         config: the run configuration.
         hardware: what the run is on.
-        data_guard: context in which data is loaded, such as one that lets a single process fill the caches.
 
     Raises:
         ConfigError: one line on what is wrong.
@@ -83,8 +76,7 @@ def prepare_job(
     settings = settle(config, source, hardware)
     shape = models.load_shape(config.model)
     tokenizer = models.load_tokenizer(config.model, shape)
-    with data_guard():
-        task = build_task(config, tokenizer, models.max_positions(config.model, shape))
+    task = build_task(config, tokenizer, models.max_positions(config.model, shape))
     shape.update(task.model_settings)
     order = RowOrder(
         num_rows=len(task.train.rows),

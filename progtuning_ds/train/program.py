@@ -38,7 +38,7 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
     run_dir.check_run_dir(folder, overwrite=overwrite)
     ranks = start_ranks()
     console = make_console(ranks)
-    job = prepare_job(config, hardware(ranks), ranks.local_first)
+    job = ranks.local_first(lambda: prepare_job(config, hardware(ranks)))
     jobs = [job]
     if compare:
         jobs.append(without_freezing(job, str(folder / run_dir.FULL)))

@@ -98,7 +98,7 @@ def step_words(records: Sequence[StepRecord], num_stages: int) -> str:
 def stage_line(stage: Stage, num_stages: int) -> str:
     """What trains in a stage, in words."""
     blocks = stage.trainable_blocks
-    what = f"blocks {ranges(blocks)}" if blocks else "no block"
+    what = f"block{'s' if len(blocks) > 1 else ''} {ranges(blocks)}" if blocks else "no block"
     embeddings = "embeddings, " if stage.embeddings else ""
     return (
         f"stage {stage.index + 1}/{num_stages}: training {embeddings}{what} and the head for {len(stage.steps)} steps"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from progtuning_ds.config import Hardware
+from progtuning_ds.errors import ConfigError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,24 @@ class Ranks:
         dist.all_reduce(total)
         return (total / self.world_size).tolist()
 
-    @contextlib.contextmanager
-    def local_first(self) -> Iterator[None]:
-        """Let one rank per node run the body before the others, so that they find its caches. Collective."""
-        if self.local_rank != 0:
-            dist.barrier()
-        yield
-        if self.local_rank == 0:
-            dist.barrier()
+    def local_first(self, function: Callable[[], Result]) -> Result:
+        """Call a function on one rank per node, then on the others, which find its caches. Collective.
+
+        Raises:
+            ConfigError: on every rank, if the function raised one on any; so none is left waiting for another.
+        """
+        result: list[Result] = []
+        for turn in (True, False):
+            error = None
+            if turn == (self.local_rank == 0):
+                try:
+                    result.append(function())
+                except ConfigError as caught:
+                    error = caught
+            errors = [text for text in self.gather(str(error) if error else None) if text is not None]
+            if errors:
+                raise error or ConfigError(errors[0])
+        return result[0]
 
 
 def start_ranks() -> Ranks:
@@ -70,6 +82,12 @@ def start_ranks() -> Ranks:
     deepspeed.init_distributed(verbose=False)
     device = torch.device(accelerator.device_name(None if accelerator.device_name() == "cpu" else local_rank))
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def leave_ranks() -> None:
+    """Leave the process group, if there is one; without this, a rank that ends late complains of the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def hardware(ranks: Ranks) -> Hardware:
