@@ -35,9 +35,9 @@ def _reasons(engine: Any) -> list[tuple[bool, str]]:
             bool(getattr(zero, "zero_hpz_partition_size", 1) > 1),
             "hpZ; set zero_optimization.zero_hpz_partition_size to 1",
         ),
-        (
-            bool(getattr(zero, "zero_quantized_nontrainable_weights", False)),
-            "quantized non-trainable weights; set zero_optimization.zero_quantized_nontrainable_weights to false",
+        *(
+            (bool(getattr(zero, name, False)), f"ZeRO++ quantization; set zero_optimization.{name} to false")
+            for name in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights")
         ),
         (_active(engine, "is_deepcompile_active"), "DeepCompile; set compile.deepcompile to false"),
         (bool(getattr(engine, "has_moe_layers", False)), "mixture-of-experts layers"),

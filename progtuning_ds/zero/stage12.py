@@ -129,7 +129,8 @@ class Stage12Adapter(FlatAdapter):
 
     def new_master(self, weights: torch.Tensor) -> torch.Tensor:
         zero = self.wrapper
-        master = weights.detach().clone().to(zero.device, torch.float32)
+        dtype = zero.single_partition_of_fp32_groups[0].dtype  # bf16 or fp16 if so configured
+        master = weights.detach().to(zero.device, dtype, copy=True)
         if zero.cpu_offload and zero.cpu_offload_pin_memory:
             master = get_accelerator().pin_memory(master)
         return master.requires_grad_()

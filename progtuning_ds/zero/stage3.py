@@ -231,7 +231,7 @@ class Stage3Adapter(Adapter):
 
     def _fresh(self, params: list[Parameter], weights: torch.Tensor, group: int) -> SubGroup:
         zero = self.wrapper
-        dtype = getattr(zero, "master_weights_and_grads_dtype", torch.float32)
+        dtype = zero.fp32_partitioned_groups_flat[0].dtype  # bf16 or fp16 if so configured
         if weights.dtype == dtype and weights.device == zero.device and not zero.offload_optimizer:
             # The condition under which DeepSpeed itself makes no copy (stage3.py, _create_fp32_partitions).
             return SubGroup(params, weights, weights.requires_grad_(), group)
