@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from progtuning_ds.config import RunConfig, load_run_config, reference
 from progtuning_ds.config.files import shipped_names
-from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.errors import ConfigError, UnsupportedDeepSpeedError, did_you_mean
 from progtuning_ds.train.quiet import quiet_libraries
 from progtuning_ds.train.run_dir import check_run_dir
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite)
         quiet_libraries(config.logging)
         _run(config, args)
-    except ConfigError as error:
+    except (ConfigError, UnsupportedDeepSpeedError) as error:
         _report(error)
         return USER_ERROR
     return 0
@@ -83,7 +83,7 @@ def _run(config: RunConfig, args: argparse.Namespace) -> None:
 
     try:
         run_program(config, compare=args.compare, overwrite=args.overwrite)
-    except ConfigError:
+    except (ConfigError, UnsupportedDeepSpeedError):  # which all ranks raise together; a crash must not wait for them
         leave_ranks()
         raise
     leave_ranks()
@@ -115,7 +115,7 @@ def _flag(text: str) -> bool:
     return value == "true"
 
 
-def _report(error: ConfigError) -> None:
+def _report(error: Exception) -> None:
     """Let rank 0 speak for all; another rank waits for it, and speaks only if the launcher lets it live."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:

@@ -45,6 +45,8 @@ class Job:
     warmup_steps: int
     deepspeed: dict[str, Any]
     """The complete DeepSpeed configuration."""
+    deepspeed_name: str
+    """Where it came from, for a message."""
 
     @property
     def kind(self) -> str:
@@ -107,6 +109,7 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
             warmup_steps=warmup_steps,
             hidden_size=models.hidden_size(shape),
         ),
+        deepspeed_name=source.name,
     )
 
 

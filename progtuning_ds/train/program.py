@@ -16,6 +16,7 @@ from progtuning_ds import __version__
 from progtuning_ds.config import RunConfig, save_run_config
 from progtuning_ds.train import run_dir
 from progtuning_ds.train.assembly import build
+from progtuning_ds.train.engine_config import check_engine_config
 from progtuning_ds.train.export import save_final
 from progtuning_ds.train.job import Job, prepare_job, without_freezing
 from progtuning_ds.train.loop import TrainingLoop
@@ -38,7 +39,7 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
     run_dir.check_run_dir(folder, overwrite=overwrite)
     ranks = start_ranks()
     console = make_console(ranks)
-    job = ranks.local_first(lambda: prepare_job(config, hardware(ranks)))
+    job = ranks.local_first(lambda: _prepare(config, ranks))
     jobs = [job]
     if compare:
         jobs.append(without_freezing(job, str(folder / run_dir.FULL)))
@@ -48,6 +49,12 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
         _run(one, ranks, console)
     if compare and ranks.is_first:
         _compare(console, [Path(one.config.output_dir).expanduser() for one in jobs])
+
+
+def _prepare(config: RunConfig, ranks: Ranks) -> Job:
+    job = prepare_job(config, hardware(ranks))
+    check_engine_config(job.deepspeed, job.deepspeed_name)
+    return job
 
 
 def make_console(ranks: Ranks) -> Console:

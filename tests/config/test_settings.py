@@ -212,3 +212,16 @@ def test_warm_up_comes_from_steps_or_ratio_or_json() -> None:
 def test_an_unknown_preset_names_the_nearest() -> None:
     assert "did you mean 'zero2'?" in refusal({}, "zero22")
     assert "no file" in refusal({}, "nowhere/ds.json")
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "words"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'?"),
+        ({"gradient_acumulation_steps": 2}, "did you mean 'gradient_accumulation_steps'?"),
+        ({"bf16": True}, "bf16 must be a mapping, got True"),
+    ],
+)
+def test_a_misspelt_key_of_deepspeed_is_not_ignored(deepspeed: dict, words: str) -> None:
+    assert words in refusal({}, deepspeed)
+    assert load_deepspeed({"a_key_of_tomorrow": 1}).get("a_key_of_tomorrow") == 1

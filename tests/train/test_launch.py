@@ -17,7 +17,7 @@ from tests.train import tiny
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """Start two ranks on the CPU; ends them all if they take too long."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,7 +44,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         raise
