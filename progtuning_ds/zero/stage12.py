@@ -18,6 +18,10 @@ from progtuning_ds.zero.flat import FlatAdapter, FlatGroup
 from progtuning_ds.zero.linking import keep_linked
 
 
+_BIT16_STAGING = "param_buffer_of_bit16_for_cpu_offload_groups"
+"""With offload, since 0.17: host buffers the updated weights pass through on their way to the device."""
+
+
 class Stage12Adapter(FlatAdapter):
     """One file for both: they differ in when gradients are reduced, not in how state is held."""
 
@@ -62,7 +66,7 @@ class Stage12Adapter(FlatAdapter):
             "bit16_groups_flat",
             "parallel_partitioned_bit16_groups",
             "single_partition_of_fp32_groups",
-            "param_buffer_of_bit16_for_cpu_offload_groups",
+            _BIT16_STAGING,
             "params_in_partition",
             "params_not_in_partition",
             "first_offset",
@@ -144,7 +148,7 @@ class Stage12Adapter(FlatAdapter):
         yield from (m.grad for m in zero.single_partition_of_fp32_groups if m.grad is not None)
         if zero.cpu_offload:
             yield from zero.accumulated_grads_in_cpu.values()
-            yield from zero.param_buffer_of_bit16_for_cpu_offload_groups
+            yield from getattr(zero, _BIT16_STAGING, ())
             yield zero.temp_grad_buffer_for_cpu_offload
             yield zero.temp_grad_buffer_for_gpu_offload
 
@@ -195,8 +199,8 @@ class Stage12Adapter(FlatAdapter):
         zero.first_offset.append(first)
         end = sum(p.numel() for p in group.params)
         zero.groups_padding.append(min(size, max(0, (rank + 1) * size - end)))
-        if zero.cpu_offload:
-            zero.param_buffer_of_bit16_for_cpu_offload_groups.append(self._bit16_buffer(group))
+        if hasattr(zero, _BIT16_STAGING):
+            getattr(zero, _BIT16_STAGING).append(self._bit16_buffer(group))
 
     def _bit16_buffer(self, group: FlatGroup) -> torch.Tensor:
         buffer = torch.zeros(group.master.shape, dtype=group.flat.dtype, device=group.master.device)
