@@ -17,7 +17,6 @@ from progtuning_ds.zero.adapter import Parameter
 from progtuning_ds.zero.flat import FlatAdapter, FlatGroup
 from progtuning_ds.zero.linking import keep_linked
 
-
 _BIT16_STAGING = "param_buffer_of_bit16_for_cpu_offload_groups"
 """With offload, since 0.17: host buffers the updated weights pass through on their way to the device."""
 
