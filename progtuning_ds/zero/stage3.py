@@ -16,9 +16,10 @@ from deepspeed.accelerator import get_accelerator
 
 from progtuning_ds.layout import Layout, sharded_layout
 from progtuning_ds.regroup import GroupPlan, GroupTarget
-from progtuning_ds.transfer import drain, split_buffer
+from progtuning_ds.transfer import split_buffer
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state
 from progtuning_ds.zero.moving_weights import follow_frozen_weights
+from progtuning_ds.zero.shards import adjacent_runs, gathered, owns_storage, view_of
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _RELEASE_CACHE = "_PartitionedParameterCoordinator__params_to_release"
@@ -215,19 +216,19 @@ class Stage3Adapter(Adapter):
     def _build(self, target: GroupTarget, group: int, chunk_bytes: int) -> Iterator[SubGroup]:
         """Sub-groups for parameters that join, with fresh masters and no optimizer state yet."""
         params = [self.params[name] for name in target.names]
-        for run in _adjacent_runs(params):
-            if len(run) > 1 or not _owns_storage(run[0]):
-                yield self._fresh(run, _view_of(run), group)
-        alone = [run[0] for run in _adjacent_runs(params) if len(run) == 1 and _owns_storage(run[0])]
+        for run in adjacent_runs(params):
+            if len(run) > 1 or not owns_storage(run[0]):
+                yield self._fresh(run, view_of(run), group)
+        alone = [run[0] for run in adjacent_runs(params) if len(run) == 1 and owns_storage(run[0])]
         limit = max(1, chunk_bytes // 2)
         batch: list[Parameter] = []
         for param in alone:
             if batch and sum(p.ds_tensor.numel() * p.ds_tensor.element_size() for p in [*batch, param]) > limit:
-                yield self._fresh(batch, _gathered(batch), group)
+                yield self._fresh(batch, gathered(batch), group)
                 batch = []
             batch.append(param)
         if batch:
-            yield self._fresh(batch, _gathered(batch), group)
+            yield self._fresh(batch, gathered(batch), group)
 
     def _fresh(self, params: list[Parameter], weights: torch.Tensor, group: int) -> SubGroup:
         zero = self.wrapper
@@ -326,50 +327,3 @@ def _without_gathering(params: Iterable[Parameter]) -> Iterator[None]:
     finally:
         for param, all_gather, partition in held:
             param.all_gather, param.partition = all_gather, partition
-
-
-def _owns_storage(param: Parameter) -> bool:
-    shard = param.ds_tensor
-    return shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
-
-
-def _adjacent_runs(params: list[Parameter]) -> list[list[Parameter]]:
-    """Cut ``params`` into runs whose shards lie end to end in one storage."""
-    runs: list[list[Parameter]] = []
-    for param in params:
-        if runs and _follows(runs[-1][-1].ds_tensor, param.ds_tensor):
-            runs[-1].append(param)
-        else:
-            runs.append([param])
-    return runs
-
-
-def _follows(shard: torch.Tensor, other: torch.Tensor) -> bool:
-    same = shard.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-    return same and shard.storage_offset() + shard.numel() == other.storage_offset()
-
-
-def _view_of(params: list[Parameter]) -> torch.Tensor:
-    """One 1-D tensor over shards that lie end to end."""
-    first = params[0].ds_tensor
-    numel = sum(p.partition_numel() for p in params)
-    return torch.as_strided(first.detach(), (numel,), (1,), first.storage_offset())
-
-
-def _gathered(params: list[Parameter]) -> torch.Tensor:
-    """Move shards that have storages of their own into one flat tensor, through host memory."""
-    first = params[0].ds_tensor
-    staged = torch.empty(sum(p.partition_numel() for p in params), dtype=first.dtype)
-    offset = 0
-    for param in params:
-        shard = param.ds_tensor
-        drain(shard.view(-1), staged.narrow(0, offset, shard.numel()))
-        offset += shard.numel()
-        shard.data = torch.empty(0, dtype=shard.dtype, device=shard.device)
-    flat = staged.to(first.device)
-    offset = 0
-    for param in params:
-        numel = param.partition_numel()
-        param.ds_tensor.data = flat.narrow(0, offset, numel)
-        offset += numel
-    return flat
