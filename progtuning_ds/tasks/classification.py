@@ -44,14 +44,12 @@ class ClassificationTask:
         train: EncodedRows,
         evaluations: Mapping[str, EncodedRows],
         notes: Sequence[str] = (),
-        pad_to_multiple_of: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.labels = labels
         self.train = train
         self.evaluations = dict(evaluations)
         self.notes = list(notes)
-        self._pad_to_multiple_of = pad_to_multiple_of
 
     @classmethod
     def build(
@@ -102,7 +100,7 @@ class ClassificationTask:
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> Batch:
         """Pad rows to the longest: token ids [rows, length] int64 and what the tokenizer adds, labels [rows]."""
         features = [{key: value for key, value in row.items() if key != LABEL} for row in rows]
-        padded = self.tokenizer.pad(features, return_tensors="pt", pad_to_multiple_of=self._pad_to_multiple_of)
+        padded = self.tokenizer.pad(features, return_tensors="pt")
         return dict(padded) | {LABEL: torch.tensor([row[LABEL] for row in rows])}
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -27,12 +27,10 @@ class ProgressLines(Observer):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._total = self._stages = 0
-        self._main = ""
 
     def run_started(self, job: Job) -> None:
         """Remember what the lines count up to."""
         self._total, self._stages = job.plan.total_steps, len(job.plan.stages)
-        self._main = job.task.main_metric
 
     def stage_started(self, stage: Stage, transition: StageTransition | None) -> None:
         """Say what trains, and what the transition gave back."""

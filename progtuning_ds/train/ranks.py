@@ -119,7 +119,7 @@ def _share_cores() -> None:
     """Divide the cores among the ranks of this node: each with a thread per core would only be slower."""
     if "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+        torch.set_num_threads(max(1, torch.get_num_threads() // here))
 
 
 def _free_port() -> int:
