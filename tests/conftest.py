@@ -12,9 +12,18 @@ import pytest
 # Ranks import test modules by name, and plain `pytest` in importlib mode puts no folder on the path.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, so nothing here may import it
 
-from tests.ranks import RankPools
+from tests.ranks import RankPools, has_gpu_each
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if has_gpu_each(1):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")

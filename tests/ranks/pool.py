@@ -18,7 +18,7 @@ from typing import Any
 from tests.ranks.worker import Call, RankSetup, Reply, rank_main
 
 START_TIMEOUT = 180.0
-CALL_TIMEOUT = 120.0
+CALL_TIMEOUT = 240.0  # a first run compiles DeepSpeed's optimizers, which takes a minute or more
 GRACE = 2.0  # how long the other ranks may take to say what they saw, once one has failed
 
 
@@ -31,6 +31,7 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
+        self.device = "cuda" if has_gpu_each(world_size) else "cpu"
         self._folder = Path(tempfile.mkdtemp(prefix=f"ranks{world_size}-"))
         context = multiprocessing.get_context("spawn")
         env = _environment(world_size)
@@ -70,11 +71,14 @@ class RankPool:
     def close(self) -> None:
         """End the ranks; safe to call twice."""
         self.alive = False
-        for process in self._processes:
-            process.kill()
         for process, connection in zip(self._processes, self._connections, strict=True):
-            process.join()
             connection.close()
+            process.terminate()  # lets a rank that compiles an op release its lock, or nobody ever could again
+        deadline = time.monotonic() + GRACE
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _collect(self, what: str, timeout: float) -> list[Any]:
@@ -150,10 +154,14 @@ class RankPools:
             pool.close()
 
 
-def _environment(world_size: int) -> dict[str, str]:
-    """One GPU per rank where there are enough, else CPU ranks that see no GPU."""
+def has_gpu_each(world_size: int) -> bool:
+    """Whether there is one GPU per rank; where there is not, ranks run on the CPU and see no GPU."""
     import torch
 
+    return torch.cuda.device_count() >= world_size
+
+
+def _environment(world_size: int) -> dict[str, str]:
     common = {
         "WORLD_SIZE": str(world_size),
         "LOCAL_SIZE": str(world_size),
@@ -164,7 +172,9 @@ def _environment(world_size: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "DEEPSPEED_LOG_LEVEL": "warning",
+        # glibc raises this threshold by itself, and then keeps freed buffers where nobody sees them go.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
     }
-    if torch.cuda.device_count() >= world_size:
+    if has_gpu_each(world_size):
         return common | {"DS_ACCELERATOR": "cuda"}
     return common | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}

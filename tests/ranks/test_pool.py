@@ -103,9 +103,7 @@ def process_id() -> int:
     ],
     ids=["raises", "hangs", "dies"],
 )
-def test_a_failing_rank_is_named_at_once_and_the_next_call_works(
-    own_ranks: RankPools, function, says
-) -> None:
+def test_a_failing_rank_is_named_at_once_and_the_next_call_works(own_ranks: RankPools, function, says) -> None:
     pool = own_ranks(2)
     start = time.monotonic()
     with pytest.raises(RankFailure, match=says) as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import pickle
@@ -52,6 +53,7 @@ def rank_main(setup: RankSetup, conn: Connection) -> None:
     log = _redirect_output(setup.log_path)
     faulthandler.enable(file=log)
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     os.environ.update(setup.env)
     sys.path[:] = setup.sys_path
@@ -107,26 +109,30 @@ def _join_process_group(setup: RankSetup) -> Cleanup:
         verbose=False,
     )
     torch.distributed.barrier()
-    return Cleanup()
+    cleanup = Cleanup()
+    gc.collect()
+    gc.freeze()  # collections and walks of the heap then see what tests make, and take milliseconds
+    return cleanup
 
 
 class Cleanup:
     """Takes a process back to where it was before a test: no engines, DeepSpeed's globals as imported."""
 
     def __init__(self) -> None:
+        import torch
         from deepspeed.runtime.zero import parameter_offload, partition_parameters
         from deepspeed.utils import groups
 
         self._saved = [(module, _globals_of(module)) for module in (groups, partition_parameters)]
         self._forward_stack = parameter_offload.FWD_MODULE_STACK
+        self._linear = torch.nn.functional.linear
 
     def __call__(self) -> None:
-        import gc
-
         import torch
 
         _destroy_engines()
         self._forward_stack.clear()
+        torch.nn.functional.linear = self._linear  # ZeRO-3 leaves its own there, which rounds differently
         for module, names in self._saved:
             for name, value in names.items():
                 setattr(module, name, type(value)(value) if isinstance(value, (dict, list)) else value)
@@ -138,11 +144,9 @@ class Cleanup:
 
 
 def _destroy_engines() -> None:
-    import gc
-
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    # Walking the heap costs a fraction of a second; a registry of engines would mean wrapping initialize().
+    # A walk of the heap, because a registry of engines would mean wrapping initialize().
     for thing in gc.get_objects():
         if isinstance(thing, DeepSpeedEngine):
             thing.destroy()
