@@ -12,7 +12,7 @@ PYTEST_ARGS ?= -m "not slow"
 
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # DeepSpeed compiles its communication op on first use and looks for ninja on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
 
