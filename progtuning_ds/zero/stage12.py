@@ -176,7 +176,7 @@ class Stage12Adapter(FlatAdapter):
         zero._enable_universal_checkpoint()
         zero._link_all_hp_params()
         zero._param_slice_mappings = zero._create_param_mapping()
-        if zero.cpu_offload:
+        if zero.cpu_offload and hasattr(zero, "_create_optimizer_mapping"):  # since 0.17
             zero._create_optimizer_mapping()
 
     @staticmethod
