@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMES_WITH = {"pydantic_core": "pydantic", "numpy": "torchmetrics", "tokenizers": "transformers"}
+COMES_WITH = {
+    "pydantic_core": "pydantic",
+    "numpy": "torchmetrics",
+    "tokenizers": "transformers",
+    "triton": "torch",  # in its CUDA builds, and only there do the kernels run
+}
 
 
 def imported(folder: str) -> set[str]:
@@ -35,7 +40,9 @@ def declared(*extras: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize(("folder", "extras"), [("progtuning_ds", ()), ("launch", ()), ("tests", ("test",))])
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("progtuning_ds", ()), ("kernels", ()), ("launch", ()), ("tests", ("test",))]
+)
 def test_every_imported_package_is_declared(folder, extras):
     owners = importlib.metadata.packages_distributions()
     packages = {owners[COMES_WITH.get(name, name)][0].lower().replace("_", "-") for name in imported(folder)}
