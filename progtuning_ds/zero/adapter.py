@@ -32,13 +32,15 @@ element; ``gradients`` buffers that live from step to step.
 class Adapter(abc.ABC):
     """Reads and changes which parameters a live engine trains.
 
-    ``REQUIRED`` names the private attributes a flavour relies on; a DeepSpeed without one of them is refused when
-    the adapter is built. ``PER_GROUP`` names every list the flavour keeps per parameter group; an unknown one is
-    refused too, because it would go stale at the first transition.
+    ``REQUIRED`` and ``PER_GROUP`` name the private attributes a flavour relies on; a DeepSpeed without one of them is
+    refused when the adapter is built. ``PER_GROUP`` are the lists with one entry per parameter group; a list of that
+    length that is in neither of them nor in ``OTHER_LISTS`` is refused too: it would go stale at the first transition.
+    ``OTHER_LISTS`` are those only some versions have, and those that have that length by chance.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ()
     PER_GROUP: ClassVar[frozenset[str]] = frozenset()
+    OTHER_LISTS: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
@@ -112,7 +114,7 @@ class Adapter(abc.ABC):
         return total
 
     def _check_attributes(self) -> None:
-        missing = [name for name in self.REQUIRED if not hasattr(self.wrapper, name)]
+        missing = sorted(name for name in {*self.REQUIRED, *self.PER_GROUP} if not hasattr(self.wrapper, name))
         if missing:
             raise UnsupportedDeepSpeedError(
                 f"DeepSpeed {deepspeed.__version__} is not supported: {type(self.wrapper).__name__} lacks "
@@ -127,10 +129,11 @@ class Adapter(abc.ABC):
         count = self.group_count()
         if count < 2 or not self.PER_GROUP:
             return  # with a single group any one-element list looks like a per-group one
+        known = {*self.REQUIRED, *self.PER_GROUP, *self.OTHER_LISTS}
         unknown = [
             name
             for name, value in vars(self.wrapper).items()
-            if isinstance(value, list) and len(value) == count and name not in self.PER_GROUP
+            if isinstance(value, list) and len(value) == count and name not in known
         ]
         if unknown:
             raise UnsupportedDeepSpeedError(

@@ -16,28 +16,17 @@ class BF16Adapter(FlatAdapter):
 
     REQUIRED = (
         "optimizer",
-        "bf16_groups",
-        "bf16_groups_flat",
-        "bf16_partitioned_groups",
-        "fp32_groups_flat_partition",
-        "fp32_groups_gradients",
         "fp32_groups_gradient_dict",
-        "fp32_groups_gradients_flat",
-        "fp32_groups_actual_gradients_flat",
-        "fp32_groups_gradient_flat_partition",
-        "fp32_groups_has_gradients",
-        "group_paddings",
-        "non_expert_gradients",
-        "real_dp_process_group",
-        "partition_count",
         "_grad_acc_hooks",
-        "_param_slice_mappings",
         "create_grad_acc_hooks",
         "_link_all_hp_params",
         "_lazy_init_hp_params_optimizer_state",
         "_create_param_mapping",
         "_enable_universal_checkpoint",
         "_split_flat_tensor",
+        "real_dp_process_group",
+        "partition_count",
+        "_param_slice_mappings",
     )
     PER_GROUP = frozenset(
         {
@@ -52,14 +41,9 @@ class BF16Adapter(FlatAdapter):
             "fp32_groups_has_gradients",
             "group_paddings",
             "non_expert_gradients",
-            "real_dp_process_group",
-            "partition_count",
-            "_muon_exchange_layouts",
-            "_param_slice_mappings",
-            "_grad_acc_hooks",
         }
     )
-    _REBUILT = PER_GROUP - {"real_dp_process_group", "partition_count", "_param_slice_mappings", "_grad_acc_hooks"}
+    OTHER_LISTS = frozenset({"_muon_exchange_layouts"})
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -95,7 +79,7 @@ class BF16Adapter(FlatAdapter):
         for index in range(len(gradients)):
             if index not in kept:
                 gradients[index] = None  # goes before its successor is made
-        for name in self._REBUILT & vars(zero).keys():
+        for name in (self.PER_GROUP | self.OTHER_LISTS) & vars(zero).keys():
             getattr(zero, name).clear()
         zero.fp32_groups_gradient_dict.clear()
         zero.real_dp_process_group[:] = [process_group] * len(groups)

@@ -26,20 +26,6 @@ class Stage12Adapter(FlatAdapter):
 
     REQUIRED = (
         "optimizer",
-        "bit16_groups",
-        "bit16_groups_flat",
-        "parallel_partitioned_bit16_groups",
-        "single_partition_of_fp32_groups",
-        "params_in_partition",
-        "params_not_in_partition",
-        "first_offset",
-        "partition_size",
-        "groups_padding",
-        "round_robin_bit16_groups",
-        "round_robin_bit16_indices",
-        "round_robin_bit16_meta",
-        "real_dp_process_group",
-        "partition_count",
         "param_id",
         "param_dict",
         "params_already_reduced",
@@ -47,7 +33,6 @@ class Stage12Adapter(FlatAdapter):
         "averaged_gradients",
         "offload_gradient_dict",
         "_grad_acc_hooks",
-        "_param_slice_mappings",
         "create_gradient_handling_hooks",
         "get_data_parallel_partitions",
         "get_partition_info",
@@ -65,7 +50,6 @@ class Stage12Adapter(FlatAdapter):
             "bit16_groups_flat",
             "parallel_partitioned_bit16_groups",
             "single_partition_of_fp32_groups",
-            _BIT16_STAGING,
             "params_in_partition",
             "params_not_in_partition",
             "first_offset",
@@ -74,16 +58,12 @@ class Stage12Adapter(FlatAdapter):
             "round_robin_bit16_groups",
             "round_robin_bit16_indices",
             "round_robin_bit16_meta",
-            "round_robin_bit16_padding",
-            "round_robin_bit16_offsets",
             "real_dp_process_group",
             "partition_count",
             "_param_slice_mappings",
-            # One entry per parameter; the same length by chance when every group holds one parameter.
-            "params_already_reduced",
-            "_grad_acc_hooks",
         }
     )
+    OTHER_LISTS = frozenset({_BIT16_STAGING, "round_robin_bit16_padding", "round_robin_bit16_offsets"})
     _GROUP_DICTS = (
         "param_to_partition_ids",
         "is_partition_reduced",
@@ -155,10 +135,9 @@ class Stage12Adapter(FlatAdapter):
         zero = self.wrapper
         accumulated = self._accumulated_by_param() if zero.cpu_offload else {}
         process_group = zero.real_dp_process_group[0]
-        for name in self.PER_GROUP & vars(zero).keys():
-            if name not in ("_grad_acc_hooks", "_param_slice_mappings", "params_already_reduced"):
-                values = [self._entry(name, group) for group in groups] if name in _ENTRIES else []
-                getattr(zero, name)[:] = values
+        for name in (self.PER_GROUP | self.OTHER_LISTS) & vars(zero).keys() - {"_param_slice_mappings"}:
+            entry = _ENTRIES.get(name)
+            getattr(zero, name)[:] = [entry(group) for group in groups] if entry else []  # filled below
         zero.real_dp_process_group[:] = [process_group] * len(groups)
         zero.partition_count[:] = [self.ranks.world_size] * len(groups)
         for group in groups:
@@ -178,10 +157,6 @@ class Stage12Adapter(FlatAdapter):
         zero._param_slice_mappings = zero._create_param_mapping()
         if zero.cpu_offload and hasattr(zero, "_create_optimizer_mapping"):  # since 0.17
             zero._create_optimizer_mapping()
-
-    @staticmethod
-    def _entry(name: str, group: FlatGroup) -> Any:
-        return _ENTRIES[name](group)
 
     def _partition(self, group: FlatGroup) -> None:
         """Append what follows from a group's flat buffer and this rank's place in it (``__init__`` does the same)."""

@@ -52,22 +52,13 @@ class Stage3Adapter(Adapter):
 
     REQUIRED = (
         "optimizer",
-        "fp16_groups",
-        "fp16_partitioned_groups",
-        "fp16_partitioned_groups_flat",
-        "fp16_partitioned_groups_flat_numel",
-        "fp16_partitioned_groups_flat_id",
-        "fp32_partitioned_groups_flat",
-        "groups_padding",
         "sub_group_to_group_id",
-        "next_swappable_fp32_partitioned_groups",
         "grad_partitions_flat_buffer",
         _GRAD_PARTITIONS,
         "grad_position",
         "param_dict",
         "params_already_reduced",
         "averaged_gradients",
-        "debug_fp16_grads",
         "parameter_offload",
         "_grad_acc_hooks",
         "_leaf_module_hooks",
@@ -84,15 +75,16 @@ class Stage3Adapter(Adapter):
             "fp32_partitioned_groups_flat",
             "next_swappable_fp32_partitioned_groups",
             "groups_padding",
+            "debug_fp16_grads",
+        }
+    )
+    OTHER_LISTS = frozenset(
+        {
             "sub_group_process_groups",
             "sub_group_partition_counts",
-            "debug_fp16_grads",
-            # Not per sub-group, of the same length by chance.
             "trainable_param_groups",
             "param_groups_fp16_flat_cpu_memory",
             "persistent_parameters",
-            "_grad_acc_hooks",
-            "_leaf_module_hooks",
         }
     )
 
