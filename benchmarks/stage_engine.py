@@ -11,6 +11,7 @@ things run in the same process, in turns; figures are medians. Rank 0 prints a t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -175,6 +176,8 @@ def measure_overhead(bench: Bench, report: Report) -> None:
         pair = [bench.step(engine) for engine in ((plain, stages.engine) if turn % 2 else (stages.engine, plain))]
         times.append((pair[0], pair[1]) if turn % 2 else (pair[1], pair[0]))
         stages.advance(0)
+    plain.destroy()
+    stages.engine.destroy()
     report.overhead = {
         "plain_seconds": statistics.median(p for p, _ in times),
         "staged_seconds": statistics.median(s for _, s in times),
@@ -209,6 +212,7 @@ def measure_unplanned(bench: Bench, report: Report) -> None:
         transition = stages.retarget(target)
     layout = flat_layout(sized, dist.get_world_size())
     bound = sum(least_traffic(layout, b, [n for n, _ in group if n in set(target)]) for b, group in enumerate(sized))
+    stages.engine.destroy()
     report.unplanned = _record(transition, memory, seconds) | {
         "least_bytes": 0 if bench.options.zero in (0, 3) else 12 * bound,  # master, exp_avg, exp_avg_sq
         "chunk_bytes": stages.chunk_bytes,
@@ -254,6 +258,9 @@ def measure_throughput(bench: Bench, report: Report) -> None:
                 }
             )
         stages.engine.destroy()
+        del stages
+        gc.collect()
+    plain.destroy()
 
 
 def show(report: Report) -> None:
@@ -343,6 +350,7 @@ def main() -> None:
     ):
         if part in options.parts:
             measure(bench, report)
+            gc.collect()  # engines are full of cycles
     if dist.get_rank() == 0:
         show(report)
         if options.output:
