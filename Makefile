@@ -9,6 +9,9 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 DEMO_ARGS ?=
 # Arguments of `make test` for pytest: `PYTEST_ARGS=` adds the slow tests, `PYTEST_ARGS=tests/engine` runs a part.
 PYTEST_ARGS ?= -m "not slow"
+# DeepSpeed to install in place of the one in constraints.txt; `make test-oldest` sets it.
+DEEPSPEED ?=
+OLDEST_DEEPSPEED := 0.16.9
 
 BIN := $(VENV)/bin
 GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
@@ -16,7 +19,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # DeepSpeed compiles its communication op on first use and looks for ninja on the path.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: help demo test pytest lint typecheck format clean check-compiler
+.PHONY: help demo test test-oldest pytest lint typecheck format clean check-compiler
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -26,6 +29,9 @@ demo: $(if $(GPU),,check-compiler) $(VENV)/run.stamp  ## fine-tune the embedded 
 	bash launch/demo.sh $(if $(COMPARE),--compare) $(DEMO_ARGS)
 
 test: check-compiler lint typecheck pytest  ## install, then lint, type check and run the tests
+
+test-oldest:  ## run the stage engine's tests against the oldest DeepSpeed that is supported, in .venv-oldest
+	$(MAKE) VENV=.venv-oldest DEEPSPEED=$(OLDEST_DEEPSPEED) PYTEST_ARGS="tests/engine tests/layout" pytest
 
 pytest: check-compiler $(VENV)/dev.stamp  ## run the tests alone
 	pytest $(PYTEST_ARGS)
@@ -43,7 +49,7 @@ format: $(VENV)/dev.stamp  ## rewrite what the linter and formatter can
 	ruff format
 
 clean:  ## remove the virtual environment, caches and builds
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-oldest build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 
 # DeepSpeed compiles C++ against Python's headers: its communication op on CPU ranks, its optimizer for offload.
 check-compiler:
@@ -71,10 +77,13 @@ $(VENV)/torch.stamp: constraints.txt
 	$(PIP) install --no-deps $$index "$$torch"
 	@touch $@
 
-$(VENV)/run.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) install --constraint constraints.txt --editable .
+$(VENV)/constraints.txt: constraints.txt $(VENV)/torch.stamp
+	sed 's/^deepspeed==.*/$(if $(DEEPSPEED),deepspeed==$(DEEPSPEED),&)/' constraints.txt > $@
+
+$(VENV)/run.stamp: $(VENV)/constraints.txt pyproject.toml
+	$(PIP) install --constraint $(VENV)/constraints.txt --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
-	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+$(VENV)/dev.stamp: $(VENV)/constraints.txt pyproject.toml
+	$(PIP) install --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	@touch $@ $(VENV)/run.stamp
