@@ -22,23 +22,29 @@ def piece_entry(pieces, piece, column: tl.constexpr):
 
 
 @triton.jit
+def own_tiles(tile_counts, skip, WHOLE: tl.constexpr):
+    """First tile of this program and end of the tiles of its kind; none if the step is skipped."""
+    number = tl.program_id(0)
+    if WHOLE:
+        total = tl.load(tile_counts)
+    else:
+        total = tl.load(tile_counts + 1)
+        number += tl.load(tile_counts)
+    return number, tl.where(tl.load(skip) == 0, total, 0)
+
+
+@triton.jit
 def load(address, offsets, mask, DTYPE: tl.constexpr, MASKED: tl.constexpr, ALIGNMENT: tl.constexpr):
     """Elements of ``DTYPE`` at ``offsets`` from an int64 address that is a multiple of ``ALIGNMENT`` bytes."""
     pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    if MASKED:
-        return tl.load(pointer + offsets, mask=mask, other=0)
-    else:
-        return tl.load(pointer + offsets)
+    return tl.load(pointer + offsets, mask=mask if MASKED else None, other=0 if MASKED else None)
 
 
 @triton.jit
 def store(address, offsets, mask, value, DTYPE: tl.constexpr, MASKED: tl.constexpr, ALIGNMENT: tl.constexpr):
     """Write elements of ``DTYPE``; the counterpart of `load`."""
     pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT)
-    if MASKED:
-        tl.store(pointer + offsets, value, mask=mask)
-    else:
-        tl.store(pointer + offsets, value)
+    tl.store(pointer + offsets, value, mask=mask if MASKED else None)
 
 
 @triton.jit

@@ -38,6 +38,7 @@ def choose(impl: str, buffer: FlatBuffer) -> Operations:
         impl: "triton" (the kernels), "reference" (plain PyTorch, the same bits), "fused_cpu" (PyTorch's fused CPU
             AdamW, for fp32 masters and state) or "auto": "triton" for tensors on a CUDA device if Triton is
             installed, else "fused_cpu" where it has the variant, else "reference".
+        buffer: one of the step's buffers, which are all of one variant.
 
     Raises:
         ValueError: another word, or an implementation that cannot run here.

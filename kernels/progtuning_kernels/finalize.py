@@ -56,7 +56,8 @@ def finalize_kernel(
 
     unscaled_norm = tl.sqrt(total) / loss_scale
     tl.store(norm, unscaled_norm)
-    excess = tl.where(max_norm > 0, (unscaled_norm + 1e-6) / max_norm, 1.0)
+    clips = max_norm > 0
+    excess = tl.where(clips, (unscaled_norm + 1e-6) / tl.where(clips, max_norm, 1.0), 1.0)
     tl.store(grad_scale, (1.0 / (loss_scale * tl.maximum(excess, 1.0))).to(tl.float32))
 
     group = tl.arange(0, GROUPS)

@@ -6,6 +6,9 @@ Bytes per active element with a bf16 gradient: 28 with an fp32 master (read 14, 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -19,6 +22,7 @@ from progtuning_kernels.device import (
     bf16_widen,
     load,
     load_scalars,
+    own_tiles,
     piece_entry,
     store,
 )
@@ -33,13 +37,13 @@ def load_master(
 ):
     """fp32 weights, from wherever their full precision is."""
     if PRECISION == "master":
-        return load(kept, offsets, mask, tl.float32, MASKED, WIDE)
-    else:
+        p = load(kept, offsets, mask, tl.float32, MASKED, WIDE)
+    elif PRECISION == "remainder":
         upper = load(weight, offsets, mask, tl.uint16, MASKED, WIDE16)
-        if PRECISION == "remainder":
-            return bf16_join(upper, load(kept, offsets, mask, tl.int16, MASKED, WIDE16))
-        else:
-            return bf16_widen(upper)
+        p = bf16_join(upper, load(kept, offsets, mask, tl.int16, MASKED, WIDE16))
+    else:
+        p = bf16_widen(load(weight, offsets, mask, tl.uint16, MASKED, WIDE16))
+    return p
 
 
 @triton.jit
@@ -60,9 +64,9 @@ def store_master(
     """Write fp32 weights and their 16-bit rounding; the counterpart of `load_master`."""
     if PRECISION == "master":
         store(kept, offsets, mask, p, tl.float32, MASKED, WIDE)
-        if WEIGHT == tl.bfloat16:
+        if WEIGHT == "bf16":
             store(weight, offsets, mask, bf16_nearest(p), tl.uint16, MASKED, WIDE16)
-        elif WEIGHT == tl.float16:
+        elif WEIGHT == "fp16":
             store(weight, offsets, mask, p.to(tl.float16), tl.float16, MASKED, WIDE16)
     elif PRECISION == "remainder":
         upper, remainder = bf16_split(p)
@@ -79,7 +83,7 @@ def update_block(
     exp_avg,
     exp_avg_sq,
     gradient,
-    offsets,
+    block,
     first,
     end,
     index,
@@ -89,13 +93,15 @@ def update_block(
     GRADIENT: tl.constexpr,
     WEIGHT: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
     WIDE16: tl.constexpr,
 ):
-    """Update the elements at ``offsets`` (block) from five addresses, with the alignment that the caller checked."""
+    """Update ``BLOCK`` elements from ``block`` on of what five addresses name, aligned as the caller has checked."""
+    offsets = block + tl.arange(0, BLOCK)
     mask = (offsets >= first) & (offsets < end)
-    WIDE_GRADIENT: tl.constexpr = WIDE if GRADIENT == tl.float32 else WIDE16
+    WIDE_GRADIENT: tl.constexpr = WIDE if GRADIENT.primitive_bitwidth == 32 else WIDE16
     p = load_master(kept, weight, offsets, mask, PRECISION, MASKED, WIDE, WIDE16)
     m = load(exp_avg, offsets, mask, tl.float32, MASKED, WIDE)
     v = load(exp_avg_sq, offsets, mask, tl.float32, MASKED, WIDE)
@@ -109,7 +115,7 @@ def update_block(
 @triton.jit
 def masked_adamw_kernel(
     tiles,
-    tile_count,
+    tile_counts,
     pieces,
     addresses,
     skip,
@@ -121,17 +127,18 @@ def masked_adamw_kernel(
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    CONTIGUITY: tl.constexpr = 4,
+    WHOLE: tl.constexpr,
 ):
-    """Grid: any number of programs; they take tiles in turn. ``CONTIGUITY`` elements are a thread's own neighbours.
+    """Grid: any number of programs; they take the tiles of one kind in turn, whole and aligned ones or the others.
 
-    Without the cap at 4, tiles that mix 16-bit and 32-bit elements are laid out differently for each and converted
-    through shared memory.
+    Of whole tiles a thread has four neighbouring elements: 16 bytes of 32-bit tensors and 8 of 16-bit ones, which is
+    as much as is said about alignment. Were 16 said of all, 16-bit elements would be laid out by eights, and converted
+    through shared memory. The other tiles are read and written element by element, neighbours by neighbouring
+    threads. One kernel for both kinds would lay them out alike.
     """
-    total = tl.where(tl.load(skip) == 0, tl.load(tile_count), 0)
+    number, total = own_tiles(tile_counts, skip, WHOLE)
     grad_scale = tl.load(grad_scale_at)
     key = tl.load(noise_key).to(tl.uint32)
-    number = tl.program_id(0)
     while number < total:
         piece = tl.load(tiles + 2 * number)
         cell = tl.load(tiles + 2 * number + 1).to(tl.int64) * TILE
@@ -145,56 +152,48 @@ def masked_adamw_kernel(
         end = tl.minimum(piece_entry(pieces, piece, 7) - cell, TILE).to(tl.int32)
         hyper = load_scalars(scalars + piece_entry(pieces, piece, 8) * SCALAR_COLUMNS)
         index = piece_entry(pieces, piece, 9) + cell
-        wide, wide16 = exp_avg | exp_avg_sq, weight
-        if PRECISION == "master":
-            wide = wide | kept
-        else:
-            wide16 = wide16 | kept
-        if GRADIENT == tl.float32:
-            wide = wide | gradient
-        else:
-            wide16 = wide16 | gradient
-        whole = (first <= 0) & (end == TILE) & (wide % 16 == 0)
         for block in range(0, TILE, BLOCK):
-            offsets = block + tl.max_contiguous(tl.arange(0, BLOCK), CONTIGUITY)
-            if whole & (wide16 % 8 == 0):
+            if WHOLE:
                 update_block(
-                    kept, weight, exp_avg, exp_avg_sq, gradient, offsets, first, end, index, key, grad_scale, hyper,
-                    GRADIENT, WEIGHT, PRECISION, False, 16, 8,
-                )  # fmt: skip
-            elif whole:
-                update_block(
-                    kept, weight, exp_avg, exp_avg_sq, gradient, offsets, first, end, index, key, grad_scale, hyper,
-                    GRADIENT, WEIGHT, PRECISION, False, 16, 2,
+                    kept, weight, exp_avg, exp_avg_sq, gradient, block, first, end, index, key, grad_scale, hyper,
+                    GRADIENT, WEIGHT, PRECISION, BLOCK, False, 16, 8,
                 )  # fmt: skip
             else:
                 update_block(
-                    kept, weight, exp_avg, exp_avg_sq, gradient, offsets, first, end, index, key, grad_scale, hyper,
-                    GRADIENT, WEIGHT, PRECISION, True, 4, 2,
+                    kept, weight, exp_avg, exp_avg_sq, gradient, block, first, end, index, key, grad_scale, hyper,
+                    GRADIENT, WEIGHT, PRECISION, BLOCK, True, 4, 2,
                 )  # fmt: skip
         number += tl.num_programs(0)
 
 
 def masked_adamw_(work: WorkList, control: Control) -> None:
     """Update the active elements as ``control`` says; see `reference.masked_adamw_`. Does not wait for the device."""
+    launch_update(masked_adamw_kernel, work, control)
+
+
+def launch_update(kernel: Any, work: WorkList, control: Control, *tables: torch.Tensor) -> None:
+    """Launch an update kernel for the whole tiles and for the others; ``tables`` are its arguments of its own."""
     launch, buffer = work.launch, work.buffers[0]
-    programs = launch.persistent_programs or work.num_tiles
-    if programs == 0:
-        return
-    masked_adamw_kernel[(programs,)](
-        work.tile_table,
-        work.tile_count,
-        work.piece_table,
-        work.address_table,
-        control.skip,
-        control.grad_scale,
-        control.scalars,
-        control.noise_key,
-        GRADIENT=triton_dtype(work.gradient_dtype),
-        WEIGHT=triton_dtype(None if buffer.weight is None else buffer.weight.dtype),
-        PRECISION=buffer.precision,
-        TILE=launch.tile,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
-        **compile_options(),
-    )
+    for whole, tiles in ((True, work.num_whole_tiles), (False, work.num_tiles - work.num_whole_tiles)):
+        programs = launch.persistent_programs or tiles
+        if programs == 0:
+            continue
+        kernel[(programs,)](
+            work.tile_table,
+            work.tile_counts,
+            work.piece_table,
+            work.address_table,
+            control.skip,
+            control.grad_scale,
+            control.scalars,
+            control.noise_key,
+            *tables,
+            GRADIENT=triton_dtype(work.gradient_dtype),
+            WEIGHT="" if buffer.weight is None else triton_dtype(buffer.weight.dtype).name,
+            PRECISION=buffer.precision,
+            TILE=launch.tile,
+            BLOCK=launch.block,
+            WHOLE=whole,
+            num_warps=launch.warps,
+            **compile_options(),
+        )

@@ -11,13 +11,12 @@ import triton.language as tl
 
 from progtuning_kernels.buffers import STATE_BLOCK as _STATE_BLOCK
 from progtuning_kernels.control import Control
-from progtuning_kernels.device import adamw, load, load_scalars, piece_entry, store
+from progtuning_kernels.device import adamw, load, load_scalars, own_tiles, piece_entry, store
 from progtuning_kernels.finalize import SCALAR_COLUMNS
-from progtuning_kernels.masked_adamw import load_master, store_master
+from progtuning_kernels.masked_adamw import launch_update, load_master, store_master
 from progtuning_kernels.quantization import DECADES as _DECADES
 from progtuning_kernels.quantization import SMALLEST_SCALE as _SMALLEST_SCALE
 from progtuning_kernels.quantization import dynamic_map
-from progtuning_kernels.triton_types import compile_options, triton_dtype
 from progtuning_kernels.worklist import WorkList
 
 STATE_BLOCK = tl.constexpr(_STATE_BLOCK)
@@ -26,36 +25,35 @@ SMALLEST_SCALE = tl.constexpr(_SMALLEST_SCALE)
 
 
 @triton.jit
+def enter_decade(magnitude, reached, slope, DECADE: tl.constexpr, SIGNED: tl.constexpr):
+    """Move what belongs in a decade or above it up to this one: its number of bins, and bins per unit."""
+    bins: tl.constexpr = 2**DECADE if SIGNED else 2 ** (DECADE + 1)
+    low: tl.constexpr = 10.0 ** (DECADE - DECADES)
+    first_middle: tl.constexpr = low * (1 + 4.5 / bins)
+    last_middle_below: tl.constexpr = low * (1 - 0.9 / bins) if DECADE > 0 else 0.0
+    enters = magnitude >= (first_middle + last_middle_below) / 2
+    return tl.where(enters, bins, reached), tl.where(enters, bins / (9 * low), slope)
+
+
+@triton.jit
 def encode(x, SIGNED: tl.constexpr):
     """Nearest code, uint8, of fp32 values in -1..1 (or 0..1), in the map that `quantization.dynamic_map` describes.
 
-    Decade ``i`` begins at ``10**(i - 7)`` and has ``bins`` equal bins. Between the middles of the last bin below and
-    of its first bin, what is nearer decides, so a decade counts as reached from halfway between the two.
+    Decade ``i`` begins at ``10**(i - 7)`` and has ``bins`` equal bins up to the next. Near its lower end the nearest
+    code may be the last one of the decade below, so it counts as reached from halfway between the two middles.
     """
     magnitude = tl.abs(x)
     reached = tl.zeros(x.shape, dtype=tl.int32)
     slope = tl.zeros(x.shape, dtype=tl.float32)
     for decade in tl.static_range(DECADES):
-        bins: tl.constexpr = 2**decade if SIGNED else 2 ** (decade + 1)
-        low: tl.constexpr = 10.0 ** (decade - DECADES)
-        lowest: tl.constexpr = low * (1 + 4.5 / bins)
-        highest_below: tl.constexpr = low * (1 - 0.9 / bins) if decade > 0 else 0.0
-        enters = magnitude >= (lowest + highest_below) / 2
-        reached = tl.where(enters, bins, reached)
-        slope = tl.where(enters, bins / (9 * low), slope)
-    bins_reached = reached.to(tl.float32)
-    position = tl.floor(magnitude * slope - bins_reached * (1.0 / 9.0)).to(tl.int32)
+        reached, slope = enter_decade(magnitude, reached, slope, decade, SIGNED)
+    position = tl.floor(magnitude * slope - reached.to(tl.float32) * (1.0 / 9.0)).to(tl.int32)
     position = tl.minimum(tl.maximum(position, 0), tl.maximum(reached - 1, 0))
-    code = reached + position
-    top: tl.constexpr = 2 ** (DECADES - 1) if SIGNED else 2**DECADES
-    last: tl.constexpr = 1 - 0.45 / top
-    if SIGNED:
-        code = tl.where(x >= (1 + last) / 2, 2 * top, code)
-        code = 2 * top - 1 + tl.where(x < 0, -code, code)
-    else:
-        code = tl.where(x >= (1 + last) / 2, 2 * top, code)
-        code = tl.maximum(code - 1, 0)
-    return code.to(tl.uint8)
+    top: tl.constexpr = 2**DECADES if SIGNED else 2 ** (DECADES + 1)
+    last_middle: tl.constexpr = 1 - 0.9 / top
+    code = tl.where(x >= (1 + last_middle) / 2, top, reached + position)
+    signed_code = top - 1 + tl.where(x < 0, -code, code)
+    return (signed_code if SIGNED else tl.maximum(code - 1, 0)).to(tl.uint8)
 
 
 @triton.jit
@@ -95,11 +93,11 @@ def update_rows(
 ):
     """Update ``ROWS`` blocks of state from block ``row`` on, with the alignment that the caller checked."""
     rows = row + tl.arange(0, ROWS)
-    lanes = tl.max_contiguous(tl.arange(0, STATE_BLOCK), 4)
+    lanes = tl.arange(0, STATE_BLOCK)
     offsets = row * STATE_BLOCK + tl.arange(0, ROWS)[:, None] * STATE_BLOCK + lanes[None, :]
     mask = (offsets >= first) & (offsets < end)
     row_mask = (rows * STATE_BLOCK >= first) & (rows * STATE_BLOCK < end)
-    WIDE_GRADIENT: tl.constexpr = WIDE if GRADIENT == tl.float32 else WIDE16
+    WIDE_GRADIENT: tl.constexpr = WIDE if GRADIENT.primitive_bitwidth == 32 else WIDE16
     p = load_master(kept, weight, offsets, mask, PRECISION, MASKED, WIDE, WIDE16)
     code = load(codes, offsets, mask, tl.uint8, MASKED, WIDE8)
     code_sq = load(codes_sq, offsets, mask, tl.uint8, MASKED, WIDE8)
@@ -124,7 +122,7 @@ def update_rows(
 @triton.jit
 def masked_adamw_8bit_kernel(
     tiles,
-    tile_count,
+    tile_counts,
     pieces,
     addresses,
     skip,
@@ -138,12 +136,12 @@ def masked_adamw_8bit_kernel(
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    """Grid: any number of programs; they take tiles in turn. Pieces begin with a block of state."""
-    total = tl.where(tl.load(skip) == 0, tl.load(tile_count), 0)
+    """Grid: any number of programs; they take the tiles of one kind in turn. Pieces begin with a block of state."""
+    number, total = own_tiles(tile_counts, skip, WHOLE)
     grad_scale = tl.load(grad_scale_at)
     key = tl.load(noise_key).to(tl.uint32)
-    number = tl.program_id(0)
     while number < total:
         piece = tl.load(tiles + 2 * number)
         cell = tl.load(tiles + 2 * number + 1).to(tl.int64) * TILE
@@ -159,19 +157,8 @@ def masked_adamw_8bit_kernel(
         end = tl.minimum(piece_entry(pieces, piece, 7) - cell, TILE).to(tl.int32)
         hyper = load_scalars(scalars + piece_entry(pieces, piece, 8) * SCALAR_COLUMNS)
         index = piece_entry(pieces, piece, 9) + cell
-        wide8, wide16, wide = codes | codes_sq, weight, kept * 0
-        if PRECISION == "master":
-            wide = kept
-        else:
-            wide16 = wide16 | kept
-        if GRADIENT == tl.float32:
-            wide = wide | gradient
-        else:
-            wide16 = wide16 | gradient
-        aligned = (wide % 16 == 0) & (wide16 % 8 == 0) & (wide8 % 4 == 0)
-        fast = (first <= 0) & (end == TILE) & aligned
         for block in range(0, TILE, BLOCK):
-            if fast:
+            if WHOLE:
                 update_rows(
                     kept, weight, codes, codes_sq, absmax, absmax_sq, gradient, block // STATE_BLOCK, first, end,
                     index, key, grad_scale, hyper, signed_map, unsigned_map,
@@ -188,26 +175,5 @@ def masked_adamw_8bit_kernel(
 
 def masked_adamw_8bit_(work: WorkList, control: Control) -> None:
     """Update the active elements as ``control`` says; see `reference.masked_adamw_`. Does not wait for the device."""
-    launch, buffer = work.launch, work.buffers[0]
-    programs = launch.persistent_programs or work.num_tiles
-    if programs == 0:
-        return
-    masked_adamw_8bit_kernel[(programs,)](
-        work.tile_table,
-        work.tile_count,
-        work.piece_table,
-        work.address_table,
-        control.skip,
-        control.grad_scale,
-        control.scalars,
-        control.noise_key,
-        dynamic_map(True, work.device),
-        dynamic_map(False, work.device),
-        GRADIENT=triton_dtype(work.gradient_dtype),
-        WEIGHT=triton_dtype(None if buffer.weight is None else buffer.weight.dtype),
-        PRECISION=buffer.precision,
-        TILE=launch.tile,
-        BLOCK=launch.block,
-        num_warps=launch.warps,
-        **compile_options(),
-    )
+    maps = dynamic_map(True, work.device), dynamic_map(False, work.device)
+    launch_update(masked_adamw_8bit_kernel, work, control, *maps)

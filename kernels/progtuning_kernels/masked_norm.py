@@ -19,7 +19,7 @@ from progtuning_kernels.worklist import WorkList
 @triton.jit
 def sum_squares_kernel(
     tiles,
-    tile_count,
+    tile_counts,
     pieces,
     addresses,
     partials,
@@ -28,7 +28,7 @@ def sum_squares_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid: [programs]. Writes ``partials`` fp64 [programs]."""
-    total = tl.load(tile_count)
+    total = tl.load(tile_counts + 1)
     number = tl.program_id(0)
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros((BLOCK,), dtype=tl.float64)
@@ -64,7 +64,7 @@ def masked_norm_(work: WorkList, out: torch.Tensor) -> None:
     partials = torch.empty(launch.norm_programs, dtype=torch.float64, device=work.device)
     sum_squares_kernel[(launch.norm_programs,)](
         work.tile_table,
-        work.tile_count,
+        work.tile_counts,
         work.piece_table,
         work.address_table,
         partials,
@@ -72,6 +72,6 @@ def masked_norm_(work: WorkList, out: torch.Tensor) -> None:
         TILE=launch.tile,
         BLOCK=launch.block,
         num_warps=launch.warps,
-        **compile_options(),
+        enable_fp_fusion=True,  # products are exact: fused or not, the sums have the same bits
     )
     add_partials_kernel[(1,)](partials, out, PROGRAMS=launch.norm_programs, num_warps=4, **compile_options())

@@ -8,9 +8,9 @@ import triton.language as tl
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def triton_dtype(dtype: torch.dtype | None) -> tl.dtype | None:
-    """Return Triton's name of a floating dtype, or None."""
-    return None if dtype is None else _DTYPES[dtype]
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Return what Triton calls fp32, fp16 or bf16."""
+    return _DTYPES[dtype]
 
 
 def compile_options() -> dict[str, bool]:

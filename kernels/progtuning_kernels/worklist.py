@@ -22,6 +22,7 @@ Gradients = torch.Tensor | Sequence[torch.Tensor | None]
 
 PIECE_COLUMNS = 12
 """Columns of the table of pieces; the order is that of `_row`. 12 x 8 bytes keep rows 32-byte aligned."""
+FIRST_COLUMN, END_COLUMN = 6, 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,9 @@ class WorkList:
         for index, buffer in enumerate(buffers):
             check_segments(buffer.segments, buffer.numel, num_groups, f"buffers[{index}].segments")
             if buffer.variant != buffers[0].variant:
-                raise ValueError(f"buffers[{index}] must be like buffers[0], {buffers[0].variant}, got {buffer.variant}")
+                raise ValueError(
+                    f"buffers[{index}] must be like buffers[0], {buffers[0].variant}, got {buffer.variant}"
+                )
         self.buffers = tuple(buffers)
         self.num_groups = num_groups
         self.flat_gradients = gradients == "flat"
@@ -97,10 +100,14 @@ class WorkList:
         self.device = buffers[0].device
         self.pieces: tuple[Piece, ...] = ()
         self.num_tiles = 0
-        self.gradient_dtype: torch.dtype | None = None
+        self.gradient_dtype = torch.float32
+        self.num_whole_tiles = 0
         self._first_index = (0, *accumulate(buffer.numel for buffer in buffers))
         self._gradients: tuple[torch.Tensor, ...] | None = None
         self._addresses: list[int] = []
+        self._rows: list[list[int]] = []
+        self._ready: list[bool] = []
+        self._aligned: list[bool] | None = None
         rows = sum(len(buffer.segments) for buffer in buffers)
         tile = self.launch.tile
         tiles = sum(num_tiles(s.start, s.stop, tile) for buffer in buffers for s in buffer.segments)
@@ -110,9 +117,10 @@ class WorkList:
         self.address_table = torch.zeros(max(rows, 1), dtype=torch.int64, device=self.device)
         """Per piece, where the gradient of its first tile's first element is, or would be."""
         self.tile_table = torch.zeros(max(tiles, 1), 2, dtype=torch.int32, device=self.device)
-        """One row per tile: its piece, and its number on the tile grid counted from the piece's first."""
-        self.tile_count = torch.zeros(1, dtype=torch.int32, device=self.device)
-        """How many rows of ``tile_table`` count."""
+        """One row per tile: its piece, and its number on the tile grid counted from the piece's first. First those
+        that are whole and well aligned, then the others: ends of pieces, and pieces that lie at odd addresses."""
+        self.tile_counts = torch.zeros(2, dtype=torch.int32, device=self.device)
+        """How many rows of ``tile_table`` are of the first kind, and how many there are."""
         self.set_active([[segment.active for segment in buffer.segments] for buffer in buffers])
 
     def set_active(self, active: Sequence[Sequence[bool]]) -> None:
@@ -125,9 +133,11 @@ class WorkList:
                 raise ValueError(f"active[{index}] must have {len(buffer.segments)} flags, got {len(flags)}")
             pieces += pieces_of(index, buffer.segments, flags, self.flat_gradients)
         self.pieces = tuple(pieces)
+        self._rows = [self._row(piece) for piece in self.pieces]
+        self._ready = [self._well_aligned(row) for row in self._rows]
         self._gradients = None
         self._addresses = []
-        self._fill_tables()
+        self._aligned = None  # the tables are filled when gradients are bound: their addresses have a say in it
 
     @property
     def active_groups(self) -> list[bool]:
@@ -152,7 +162,9 @@ class WorkList:
             ValueError: a gradient that is missing or of a wrong size, dtype, device or layout.
         """
         if len(gradients) != len(self.buffers):
-            raise ValueError(f"gradients must have an entry for each of {len(self.buffers)} buffers, got {len(gradients)}")
+            raise ValueError(
+                f"gradients must have an entry for each of {len(self.buffers)} buffers, got {len(gradients)}"
+            )
         bound = tuple(self._gradient(gradients[piece.buffer], piece) for piece in self.pieces)
         dtypes = {gradient.dtype for gradient in bound}
         if len(dtypes) > 1:
@@ -163,9 +175,15 @@ class WorkList:
             gradient.data_ptr() - (piece.start % self.launch.tile) * gradient.element_size()
             for gradient, piece in zip(bound, self.pieces, strict=True)
         ]
-        if addresses != self._addresses:
-            self._addresses = addresses
-            copy_without_waiting(self.address_table[: len(addresses)], torch.tensor(addresses, dtype=torch.int64))
+        if addresses == self._addresses and self._aligned is not None:
+            return
+        self._addresses = addresses
+        wide = 4 * self.gradient_dtype.itemsize
+        aligned = [ready and address % wide == 0 for ready, address in zip(self._ready, addresses, strict=True)]
+        if aligned != self._aligned:
+            self._aligned = aligned
+            self._fill_tables(aligned)
+        copy_without_waiting(self.address_table[: len(addresses)], torch.tensor(addresses, dtype=torch.int64))
 
     def release(self) -> None:
         """Forget the gradients, once the step that reads them has been launched: memory is freed in stream order."""
@@ -201,19 +219,26 @@ class WorkList:
         flat = tensor.detach().view(-1)
         return flat[piece.start : piece.stop] if self.flat_gradients else flat
 
-    def _fill_tables(self) -> None:
+    def _fill_tables(self, aligned: list[bool]) -> None:
         tile = self.launch.tile
-        counts = [num_tiles(piece.start, piece.stop, tile) for piece in self.pieces]
-        self.num_tiles = sum(counts)
-        copy_without_waiting(self.tile_count, torch.tensor([self.num_tiles], dtype=torch.int32))
-        if not self.pieces:
-            return
-        rows = torch.tensor([self._row(piece) for piece in self.pieces], dtype=torch.int64)
-        copy_without_waiting(self.piece_table[: len(rows)], rows)
-        repeats = torch.tensor(counts)
-        owner = torch.repeat_interleave(torch.arange(len(counts)), repeats)
-        cell = torch.arange(self.num_tiles) - torch.repeat_interleave(repeats.cumsum(0) - repeats, repeats)
-        copy_without_waiting(self.tile_table[: self.num_tiles], torch.stack([owner, cell], dim=1).to(torch.int32))
+        counts = torch.tensor([num_tiles(piece.start, piece.stop, tile) for piece in self.pieces], dtype=torch.int64)
+        owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        cell = torch.arange(len(owner)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        table = torch.tensor(self._rows, dtype=torch.int64).view(-1, PIECE_COLUMNS)
+        first, end = table[owner, FIRST_COLUMN], table[owner, END_COLUMN]
+        whole = (cell * tile >= first) & ((cell + 1) * tile <= end) & torch.tensor(aligned, dtype=torch.bool)[owner]
+        tiles = torch.stack([owner, cell], dim=1).to(torch.int32)
+        self.num_whole_tiles, self.num_tiles = int(whole.sum()), len(tiles)
+        copy_without_waiting(self.tile_counts, torch.tensor([self.num_whole_tiles, self.num_tiles], dtype=torch.int32))
+        copy_without_waiting(self.tile_table[: len(tiles)], torch.cat([tiles[whole], tiles[~whole]]))
+        copy_without_waiting(self.piece_table[: len(table)], table)
+
+    def _well_aligned(self, row: list[int]) -> bool:
+        """Whether groups of four elements can be read and written in one go, in every tensor of a piece's buffer."""
+        buffer = self.buffers[0]
+        kept = 4 if buffer.precision == "master" else 2
+        sizes = (kept, 2, buffer.exp_avg.element_size(), buffer.exp_avg_sq.element_size())
+        return all(address % (4 * size) == 0 for address, size in zip(row, sizes, strict=False))
 
     def _row(self, piece: Piece) -> list[int]:
         """A row of the table of pieces, relative to its first tile, which may begin before the piece does."""

@@ -1,0 +1,32 @@
+"""The Triton kernels, run by Triton's interpreter, pass every test of the step's semantics.
+
+Triton decides when it is imported whether kernels are compiled or interpreted, so this needs a process of its own.
+By hand: ``TRITON_INTERPRET=1 pytest tests/kernels/semantics``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted(path.name for path in (ROOT / "tests/kernels/semantics").glob("test_*.py"))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets kernels already")
+@pytest.mark.parametrize("name", FILES)
+def test_interpreted_kernels_pass(name):
+    path = f"tests/kernels/semantics/{name}"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-cov", path]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    if name != "test_cuda_graph.py":
+        assert re.search(r"\d+ passed", run.stdout), run.stdout
