@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +29,11 @@ class Numerics:
     # Stage-0 mixed precision runs optimizer.step() on zero gradients while it is built (DeepSpeed's
     # FP16_UnfusedOptimizer.initialize_optimizer_states): Adam starts at step 1, masters are decayed once.
     phantom_step: bool = False
+    # fp16 multiplies the loss so that small gradients survive, and divides the sum again.
+    loss_scale: float = 1.0
+    # ZeRO-3 passes every module's inputs and outputs through autograd functions (DeepSpeed's
+    # parameter_offload.py), which changes the order in which autograd sums gradients where paths join.
+    wraps_modules: bool = False
 
 
 @dataclass
@@ -53,9 +59,14 @@ class Run:
     adam_steps: dict[str, int] = field(default_factory=dict)
 
 
-def train(kind: str, phases: tuple[Phase, ...], world_size: int, numerics: Numerics) -> Run:
-    """Train from scratch over all phases and report everything that a test may compare."""
-    model = problem.build_model(kind, numerics.weights).to(problem_device())
+def train(kind: str, phases: tuple[Phase, ...], world_size: int, numerics: Numerics, device: str = "cpu") -> Run:
+    """Train from scratch over all phases and report everything that a test may compare.
+
+    ``device`` is where the ranks compute, so that both sides run the same kernels.
+    """
+    model = problem.build_model(kind, numerics.weights).to(device)
+    if numerics.wraps_modules:
+        wrap_modules(model)
     parameters = dict(model.named_parameters())
     states: dict[str, Moments] = {}
     run = Run()
@@ -69,7 +80,7 @@ def train(kind: str, phases: tuple[Phase, ...], world_size: int, numerics: Numer
         for name, parameter in trainable.items():
             lr = problem.BASE_LR * problem.lr_factor(step)
             decay = problem.WEIGHT_DECAY if problem.decays(parameter) else 0.0
-            adamw(states[name], gradients[name].to(numerics.masters) * clip, lr, decay)
+            adamw(states[name], gradients[name] * clip, lr, decay)
             parameter.data.copy_(states[name].master)
         run.losses.append(losses)
         run.norms.append(norm)
@@ -112,10 +123,10 @@ def averaged_gradients(
     for micro in range(problem.ACCUMULATION):
         for rank in range(world_size):
             inputs = problem.batch(kind, step, micro, rank)
-            loss = model(**{k: v.to(problem_device()) for k, v in inputs.items()}).loss
+            loss = model(**{k: v.to(model.device) for k, v in inputs.items()}).loss
             losses[rank].append(loss.item())
             model.zero_grad()
-            (loss / problem.ACCUMULATION).backward()
+            (loss / problem.ACCUMULATION * numerics.loss_scale).backward()
             for name, parameter in trainable.items():
                 sums[rank][name] += parameter.grad.to(numerics.accumulate)
         if numerics.reduce_every_micro_batch or micro == problem.ACCUMULATION - 1:
@@ -123,7 +134,8 @@ def averaged_gradients(
                 total[name] += mean_over_ranks([s[name] for s in sums], numerics)
                 for rank_sums in sums:
                     rank_sums[name].zero_()
-    return [loss for rank in losses for loss in rank], total
+    means = {n: t.to(numerics.masters) / numerics.loss_scale for n, t in total.items()}
+    return [loss for rank in losses for loss in rank], means
 
 
 def mean_over_ranks(gradients: list[torch.Tensor], numerics: Numerics) -> torch.Tensor:
@@ -144,6 +156,32 @@ def adamw(state: Moments, gradient: torch.Tensor, lr: float, decay: float) -> No
     state.master.sub_(lr * mean / (root + problem.EPS))
 
 
-def problem_device() -> torch.device:
-    """Where the ranks compute, so that both sides run the same kernels."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+class Identity(torch.autograd.Function):
+    """A node in the graph that does nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+def wrap_modules(model: torch.nn.Module) -> None:
+    """Put an ``Identity`` on every positional input and every output of every module."""
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda _, inputs: wrapped(inputs))
+        module.register_forward_hook(lambda _, inputs, output: wrapped(output))
+
+
+def wrapped(value: Any) -> Any:
+    """The same structure with every tensor in it behind an ``Identity``."""
+    if isinstance(value, torch.Tensor):
+        return Identity.apply(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(wrapped(item) for item in value)
+    if isinstance(value, dict):  # a model's output, which is a class of its own: changed in place
+        for key in value:
+            value[key] = wrapped(value[key])
+    return value

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from tests.engine import problem, reference
+from tests.engine.agreement import assert_agree, tolerance_for
+from tests.engine.flavours import ONCE
 from tests.engine.problem import NUM_BLOCKS, Phase, shrinking
+from tests.engine.ranks_train import MODES
 from tests.engine.reference import Numerics
 
 EVERYTHING = (Phase(6, tuple(range(NUM_BLOCKS))),)
@@ -51,6 +56,36 @@ def test_float32_agrees_with_float64() -> None:
     double = reference.train("bert", shrinking(), 2, Numerics(torch.float64, *[torch.float64] * 3))
     assert torch.tensor(single.losses).sub(torch.tensor(double.losses)).abs().max() < 1e-5
     assert largest_difference(single.weights[-1], double.weights[-1]) < 1e-4
+
+
+WRONG = {
+    "moments lost": lambda state: (state.exp_avg.zero_(), state.exp_avg_sq.zero_()),
+    "second moments lost": lambda state: state.exp_avg_sq.zero_(),
+    "step count lost": lambda state: setattr(state, "step", 0),
+    "master rounded": lambda state: state.master.copy_(state.master.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+@pytest.mark.parametrize("numerics", [Numerics(), ONCE], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["planned", "rotating"])
+def test_tolerances_tell_a_wrong_transition_from_a_right_one(monkeypatch, mode, numerics, mistake) -> None:
+    """What parity would miss if it were looser: each mistake is made at every boundary, to all survivors."""
+    phases, _ = MODES[mode]
+    right, retarget = reference.train("bert", phases, 2, numerics), reference.retarget
+
+    def wrong(states, trainable, numerics, *, first) -> None:
+        before = len(states)
+        retarget(states, trainable, numerics, first=first)
+        if not first and len(states) != before:
+            for state in states.values():
+                WRONG[mistake](state)
+
+    monkeypatch.setattr(reference, "retarget", wrong)
+    run = reference.train("bert", phases, 2, numerics)
+    split = [dataclasses.replace(run, losses=[step[i : i + 2] for step in run.losses]) for i in (0, 2)]
+    with pytest.raises(AssertionError):
+        assert_agree(split, right, tolerance_for(numerics))
 
 
 def test_frozen_weights_stay_and_newcomers_start_afresh() -> None:

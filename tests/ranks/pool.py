@@ -10,7 +10,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class RankPool:
                 env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             )
             process = context.Process(target=rank_main, args=(setup, there), daemon=True)
-            process.start()
+            with _environ(setup.env):  # some of it is read before Python starts
+                process.start()
             there.close()  # so that a dead rank reads as end of file here
             self._processes.append(process)
             self._connections.append(here)
@@ -152,6 +154,17 @@ class RankPools:
         """End every rank of every pool."""
         for pool in self._pools.values():
             pool.close()
+
+
+@contextmanager
+def _environ(changes: dict[str, str]) -> Iterator[None]:
+    saved = dict(os.environ)
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(saved)
 
 
 def has_gpu_each(world_size: int) -> bool:

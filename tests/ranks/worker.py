@@ -55,7 +55,6 @@ def rank_main(setup: RankSetup, conn: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, file=log, all_threads=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    os.environ.update(setup.env)
     sys.path[:] = setup.sys_path
     try:
         cleanup = _join_process_group(setup)

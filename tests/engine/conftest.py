@@ -1,0 +1,25 @@
+"""Runs that several tests look at from different sides are made once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+
+from tests.engine.ranks_train import MODES, StagedRun, train_staged
+from tests.ranks import RankPools
+
+StagedRuns = Callable[..., list[StagedRun]]
+
+
+@pytest.fixture(scope="session")
+def staged_runs(ranks: RankPools) -> StagedRuns:
+    """``staged_runs(flavour, mode)``: what two ranks (or ``world_size``) did, through all phases of ``MODES[mode]``."""
+
+    @functools.cache
+    def run(flavour: str, mode: str, kind: str = "bert", world_size: int = 2) -> list[StagedRun]:
+        phases, groups = MODES[mode]
+        return ranks(world_size).run(train_staged, flavour=flavour, kind=kind, phases=phases, groups=groups)
+
+    return run
