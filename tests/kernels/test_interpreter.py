@@ -17,16 +17,15 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(path.name for path in (ROOT / "tests/kernels/semantics").glob("test_*.py"))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this process interprets kernels already")
-@pytest.mark.parametrize("name", FILES)
-def test_interpreted_kernels_pass(name):
-    path = f"tests/kernels/semantics/{name}"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--no-cov", path]
+def test_interpreted_kernels_pass_the_tests_of_the_semantics():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/semantics"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTEST_ADDOPTS", None)
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    if name != "test_cuda_graph.py":
-        assert re.search(r"\d+ passed", run.stdout), run.stdout
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed, run.stdout[-2000:]
+    assert int(passed.group(1)) >= 50  # all were collected for the interpreter, and none was skipped for want of it

@@ -10,7 +10,7 @@ from progtuning_kernels import STATE_BLOCK, FlatBuffer, Hyper, Launch, MaskedSte
 from progtuning_kernels.rounding import join, split
 
 GUARD = 64
-SMALL = Launch(tile=1024, block=512, norm_programs=4)
+SMALL = Launch(tile=1024, block=1024, norm_programs=2)
 """Cuts small buffers into many tiles, and keeps the interpreter's grid small."""
 
 GROUPS = (

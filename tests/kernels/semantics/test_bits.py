@@ -80,14 +80,14 @@ def test_bits_do_not_depend_on_where_buffers_and_gradients_lie(exact, odd):
 
 
 def test_many_groups_of_one_element_each(exact):
-    segments = tuple(Segment(3 * index, 1, index) for index in range(37))
+    segments = tuple(Segment(3 * index, 1, index) for index in range(21))
     groups = [
-        Hyper(lr=1e-3 * (1 + index), betas=(0.5 + index / 80, 0.9), weight_decay=index / 37) for index in range(37)
+        Hyper(lr=1e-3 * (1 + index), betas=(0.5 + index / 80, 0.9), weight_decay=index / 21) for index in range(21)
     ]
-    arguments = {"layout": [segments], "sizes": [111], "groups": groups}
-    case = train(make_case(exact.impl, exact.device, **arguments), sizes=[111])
-    assert same_bits(case, train(make_case("reference", "cpu", **arguments), sizes=[111]))
-    assert case.step.control.steps.tolist() == [3] * 37
+    arguments = {"layout": [segments], "sizes": [63], "groups": groups}
+    case = train(make_case(exact.impl, exact.device, **arguments), sizes=[63])
+    assert same_bits(case, train(make_case("reference", "cpu", **arguments), sizes=[63]))
+    assert case.step.control.steps.tolist() == [3] * 21
 
 
 def test_weights_with_remainder_train_like_fp32_masters_bit_for_bit(exact):
