@@ -93,6 +93,15 @@ class FlatBuffer:
         """What buffers of one step must have in common."""
         return self.precision, self.eight_bit, None if self.weight is None else self.weight.dtype, self.device
 
+    @property
+    def bytes_per_update(self) -> float:
+        """Bytes that an update reads and writes per active element, gradient aside; exact but for ends of blocks."""
+        read_and_written = (self.exp_avg, self.exp_avg_sq, self.master, self.remainder)
+        moved = 2.0 * sum(tensor.element_size() for tensor in read_and_written if tensor is not None)
+        if self.weight is not None:
+            moved += self.weight.element_size() * (1 if self.precision == "master" else 2)
+        return moved + (2 * 2 * 4 / STATE_BLOCK if self.eight_bit else 0)
+
     def _require(self, name: str, *dtypes: torch.dtype, numel: int | None = None) -> None:
         tensor = getattr(self, name)
         if tensor is None:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from progtuning_kernels.worklist import WorkList
 logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "triton", "reference", "fused_cpu")
+OLDEST_TRITON = (3, 6)
+"""Older ones flush subnormal numbers in division and square root (3.5), or do not compile the kernels (3.4)."""
 
 
 class Operations(NamedTuple):
@@ -36,8 +39,8 @@ def choose(impl: str, buffer: FlatBuffer) -> Operations:
 
     Args:
         impl: "triton" (the kernels), "reference" (plain PyTorch, the same bits), "fused_cpu" (PyTorch's fused CPU
-            AdamW, for fp32 masters and state) or "auto": "triton" for tensors on a CUDA device if Triton is
-            installed, else "fused_cpu" where it has the variant, else "reference".
+            AdamW, for fp32 masters and state) or "auto": "triton" for tensors on a CUDA device if a Triton
+            that is new enough is installed, else "fused_cpu" where it has the variant, else "reference".
         buffer: one of the step's buffers, which are all of one variant.
 
     Raises:
@@ -47,25 +50,36 @@ def choose(impl: str, buffer: FlatBuffer) -> Operations:
         near = difflib.get_close_matches(str(impl), IMPLEMENTATIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}{hint}")
-    if impl == "auto":
-        if buffer.device.type == "cuda" and has_triton():
-            name = "triton"
-        else:
-            name = "fused_cpu" if fused_cpu.supports(buffer) else "reference"
-    else:
-        name = impl
-    if name == "triton" and not has_triton():
-        raise ValueError('impl must not be "triton" where Triton is not installed; pip install triton')
+    name = _automatic(buffer) if impl == "auto" else impl
+    if name == "triton" and (lacks := lacking_triton()):
+        raise ValueError(f'impl must not be "triton" here: {lacks}')
+    if name == "triton" and buffer.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError('impl must not be "triton" for tensors on the CPU, but in Triton\'s interpreter')
     if name == "fused_cpu" and not fused_cpu.supports(buffer):
         raise ValueError('impl must not be "fused_cpu" but for fp32 masters and fp32 state on the CPU')
     _log_once(name, impl, buffer.device.type)
     return _operations(name, buffer.eight_bit)
 
 
+def _automatic(buffer: FlatBuffer) -> str:
+    if buffer.device.type == "cuda":
+        lacks = lacking_triton()
+        if lacks is None:
+            return "triton"
+        logger.warning("The fused kernels do not run: %s; plain PyTorch does their work, slowly", lacks)
+    return "fused_cpu" if fused_cpu.supports(buffer) else "reference"
+
+
 @lru_cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+def lacking_triton() -> str | None:
+    """Say why Triton cannot run the kernels, or return None if it can."""
+    oldest = ".".join(map(str, OLDEST_TRITON))
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed; pip install 'triton>={oldest}'"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is too old, {oldest} or newer is needed"
+    return None
 
 
 def _operations(name: str, eight_bit: bool) -> Operations:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -42,9 +44,22 @@ def test_a_wrong_choice_is_refused_with_the_nearest_one():
         choose("fused_cpu", without_master())
 
 
-def test_triton_is_refused_where_it_is_not_installed(monkeypatch):
-    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    with pytest.raises(ValueError, match='impl must not be "triton" where Triton is not installed'):
+def test_triton_is_refused_where_it_is_missing_or_too_old(monkeypatch):
+    for version, message in ((None, "Triton is not installed"), ("3.5.1", "Triton 3.5.1 is too old, 3.6 or newer")):
+        dispatch.lacking_triton.cache_clear()
+        module = None if version is None else types.SimpleNamespace(__version__=version, __spec__=object())
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "triton", module)
+            patch.setattr(importlib.util, "find_spec", lambda name, found=module: found)
+            with pytest.raises(ValueError, match=f'impl must not be "triton" here: {message}'):
+                choose("triton", buffer())
+    dispatch.lacking_triton.cache_clear()
+
+
+def test_triton_is_refused_for_tensors_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "lacking_triton", lambda: None)
+    with pytest.raises(ValueError, match='impl must not be "triton" for tensors on the CPU'):
         choose("triton", buffer())
 
 
