@@ -85,6 +85,9 @@ class BF16Adapter(FlatAdapter):
         zero.real_dp_process_group[:] = [process_group] * len(groups)
         zero.partition_count[:] = [self.ranks.world_size] * len(groups)
         for group in groups:
+            for param in group.params:
+                if "_hp_grad" in vars(param):
+                    del param._hp_grad  # a view of the old gradient buffer; the next backward sets it
             index = self._kept_gradient(group, gradients)
             old = gradients[index] if index is not None else None
             self._append(group, old)

@@ -211,11 +211,18 @@ class Stage12Adapter(FlatAdapter):
         zero = self.wrapper
         return {id(zero.param_dict[number]): buffer for number, buffer in zero.accumulated_grads_in_cpu.items()}
 
+    def _accumulation_buffer(self, param: Parameter) -> torch.Tensor:
+        buffer = torch.zeros(param.numel(), dtype=param.dtype, device=self.wrapper.device)
+        return get_accelerator().pin_memory(buffer) if self.wrapper.cpu_offload_pin_memory else buffer
+
     def _offload_buffers(self, groups: list[FlatGroup], accumulated: dict[int, torch.Tensor]) -> None:
         zero = self.wrapper
         params: list[Parameter] = [p for group in groups for p in group.params]
+        # DeepSpeed makes these on first use, one for each parameter this rank owns a piece of.
+        owned = [p for group in zero.params_in_partition for p in group] if accumulated else []
         zero.accumulated_grads_in_cpu = {
-            zero.get_param_id(p): accumulated[id(p)] for p in params if id(p) in accumulated
+            zero.get_param_id(p): accumulated[id(p)] if id(p) in accumulated else self._accumulation_buffer(p)
+            for p in owned
         }
         zero.norm_for_param_grads = {}
         zero.grad_position = {}
