@@ -59,9 +59,13 @@ def build_engine(
     model: torch.nn.Module | None = None,
     groups: list[dict[str, Any]] | None = None,
     lr_scheduler: Any = None,
+    scheduled: bool = True,
     **overrides: Any,
 ) -> Any:
-    """A DeepSpeed engine on the shared problem; ordinary groups over everything if none are given."""
+    """A DeepSpeed engine on the shared problem; ordinary groups over everything if none are given.
+
+    Without ``scheduled`` it gets no scheduler but one that ``overrides`` configures.
+    """
     import deepspeed
 
     model = problem.build_model(kind) if model is None else model
@@ -69,7 +73,7 @@ def build_engine(
         model=model,
         model_parameters=ordinary_groups(model) if groups is None else groups,
         config=flavour.deepspeed_config(kind) | overrides,
-        lr_scheduler=scheduler if lr_scheduler is None else lr_scheduler,
+        lr_scheduler=(lr_scheduler or scheduler) if scheduled else None,
     )
     assert type(engine.optimizer).__name__ == flavour.wrapper
     return engine
