@@ -28,8 +28,8 @@ from progtuning_ds.layout import Layout
 from progtuning_ds.repartition import Move, RepartitionPlan, merge_moves, split_move
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
-_COPY_BYTES = 8 * 2**20
-_RELEASE_FLOOR_BYTES = 2**20
+_COPY_BYTES = 4 * 2**20
+_RELEASE_FLOOR_BYTES = 64 * 2**10
 _MADV_DONTNEED = 4
 
 

@@ -62,7 +62,7 @@ class BF16Adapter(FlatAdapter):
         ]
 
     def new_master(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights.detach().clone().float().requires_grad_()
+        return weights.detach().to(torch.float32, copy=True).requires_grad_()
 
     def holds_gradients(self) -> bool:
         return any(any(flags) for flags in self.wrapper.fp32_groups_has_gradients)

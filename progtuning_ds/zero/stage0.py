@@ -117,7 +117,7 @@ class FusedAdapter(FlatAdapter):
         return [FlatGroup(list(params), flat, master, i) for i, (params, flat, master) in enumerate(groups)]
 
     def new_master(self, weights: torch.Tensor) -> torch.Tensor:
-        return weights.detach().clone().float().requires_grad_()
+        return weights.detach().to(torch.float32, copy=True).requires_grad_()
 
     def gradient_buffers(self) -> Iterable[torch.Tensor]:
         return (p.grad for group in self.wrapper.fp16_groups for p in group if p.grad is not None)

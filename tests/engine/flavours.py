@@ -124,7 +124,13 @@ VARIANTS = _by_name(
         SINGLE_3,
     ),
     Flavour("zero3-fp32-fused", THREE, ZERO_3, SINGLE_3, optimizer=DEEPSPEED_ADAM),
-    Flavour("zero3-bf16-fused", THREE | PLAIN_LINEAR, ZERO_3, EVERY_3, optimizer=DEEPSPEED_ADAM),
+    Flavour(
+        "zero3-offload-everything",
+        THREE | OFFLOAD | {"offload_param": {"device": "cpu"}},
+        ZERO_3,
+        SINGLE_3,
+        optimizer=DEEPSPEED_ADAM,
+    ),
     Flavour("zero3-no-overlap", THREE | {"overlap_comm": False}, ZERO_3, SINGLE_3),
 )
 

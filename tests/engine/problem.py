@@ -111,7 +111,7 @@ class Phase:
         return self.embeddings or "embed" not in name
 
 
-def shrinking(steps: int = 3, stages: int = 3, embeddings: str = "always") -> tuple[Phase, ...]:
+def shrinking(steps: int = 2, stages: int = 3, embeddings: str = "always") -> tuple[Phase, ...]:
     """The paper's schedule: each stage leaves the lowest remaining part behind."""
     part = NUM_BLOCKS // stages
     return tuple(

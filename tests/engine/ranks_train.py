@@ -30,8 +30,8 @@ MODES: dict[str, tuple[tuple[Phase, ...], str]] = {
     "ordinary": (shrinking(), "ordinary"),
     "rotating": (ROTATING, "ordinary"),
     "growing": (GROWING, "plan"),
-    "embeddings-first": (shrinking(2, embeddings="first_stage"), "plan"),
-    "embeddings-never": (shrinking(2, embeddings="never"), "ordinary"),
+    "embeddings-first": (shrinking(embeddings="first_stage"), "plan"),
+    "embeddings-never": (shrinking(embeddings="never"), "ordinary"),
 }
 
 
@@ -147,6 +147,15 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
     """Full weights of the whole model, on CPU."""
     with gathered(engine):
         return {n: p.detach().cpu().clone() for n, p in engine.module.named_parameters()}
+
+
+def run_until(engine: Any, stages: Any, steps: range, kind: str = "bert") -> list[list[float]]:
+    """These steps, each entered through ``stages.advance``; returns this rank's losses."""
+    losses = []
+    for step in steps:
+        stages.advance(step)
+        losses.append(optimizer_step(engine, kind, step))
+    return losses
 
 
 def read_state(engine: Any, run: Run, missing_ok: Collection[str] = ()) -> None:

@@ -26,7 +26,7 @@ def check(runs: list[StagedRun], name: str, mode: str, kind: str = "bert") -> No
 @pytest.mark.parametrize("mode", ["planned", "rotating"])
 @pytest.mark.parametrize(
     "name",
-    [*FLAVOURS, *VARIANTS, *(pytest.param(name, marks=pytest.mark.gpu) for name in HALF_PRECISION)],
+    [*FLAVOURS, *(pytest.param(name, marks=pytest.mark.gpu) for name in HALF_PRECISION)],
 )
 def test_stages_train_as_the_oracle(staged_runs: StagedRuns, name: str, mode: str) -> None:
     runs = staged_runs(name, mode)
@@ -37,6 +37,15 @@ def test_stages_train_as_the_oracle(staged_runs: StagedRuns, name: str, mode: st
         assert all(t.planned and t.moved_bytes == 0 and not t.unfrozen for t in transitions)
     else:
         assert not any(t.planned for t in transitions)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, "rotating") for name in VARIANTS]
+    + [(name, "planned") for name in ("zero2-round-robin", "zero2-small-buckets", "zero3-small-buckets")],
+)
+def test_options_of_zero_train_as_the_oracle(staged_runs: StagedRuns, name: str, mode: str) -> None:
+    check(staged_runs(name, mode), name, mode)
 
 
 @pytest.mark.parametrize("mode", ["ordinary", "growing"])

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection
@@ -131,6 +132,7 @@ class Cleanup:
 
         _destroy_engines()
         self._forward_stack.clear()
+        _forget_released_modules()
         torch.nn.functional.linear = self._linear  # ZeRO-3 leaves its own there, which rounds differently
         for module, names in self._saved:
             for name, value in names.items():
@@ -138,17 +140,32 @@ class Cleanup:
         torch.set_default_dtype(torch.float32)
         torch.manual_seed(0)
         gc.collect()
+        if not any(_engines()):
+            gc.freeze()  # what is left are modules that the test was the first to import
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def _destroy_engines() -> None:
+    for engine in _engines():
+        engine.destroy()
+
+
+def _engines() -> Iterator[Any]:
+    """Every engine alive, by a walk of the heap: a registry would mean wrapping initialize()."""
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    # A walk of the heap, because a registry of engines would mean wrapping initialize().
-    for thing in gc.get_objects():
-        if isinstance(thing, DeepSpeedEngine):
-            thing.destroy()
+    return (thing for thing in gc.get_objects() if issubclass(type(thing), DeepSpeedEngine))
+
+
+def _forget_released_modules() -> None:
+    """Empty ZeRO-3's cache of what to release after which module: it holds every engine there ever was."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    method = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    for function in (method, *(cell.cell_contents for cell in method.__closure__ or ())):
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 def _globals_of(module: ModuleType) -> dict[str, Any]:
