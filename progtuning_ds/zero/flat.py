@@ -58,6 +58,9 @@ class FlatAdapter(Adapter):
     def new_master(self, weights: torch.Tensor) -> torch.Tensor:
         """A fresh master for this rank's share ``weights`` of a flat buffer, as the flavour would create it."""
 
+    def forget_buffers(self, leaving: Sequence[Parameter]) -> None:
+        """Release what a flavour holds for ``leaving`` beside masters and state, before anything new is made."""
+
     def groups(self) -> list[list[str]]:
         return [[self.names[id(p)] for p in group.params] for group in self.read_groups()]
 
@@ -78,6 +81,7 @@ class FlatAdapter(Adapter):
         leaving = [self.params[name] for name in plan.leaving]
         forget_gradients(leaving, ("grad", "grad_accum"))
         unlink(leaving)
+        self.forget_buffers(leaving)
         sources = {target.source for target in plan.groups}
         for index, group in enumerate(old):
             if index not in sources:

@@ -6,7 +6,7 @@ groups. Every list is written anew from the groups, kept ones included: nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -131,6 +131,16 @@ class Stage12Adapter(FlatAdapter):
             yield zero.temp_grad_buffer_for_cpu_offload
             yield zero.temp_grad_buffer_for_gpu_offload
 
+    def forget_buffers(self, leaving: Sequence[Parameter]) -> None:
+        zero = self.wrapper
+        for name in self._GROUP_DICTS:
+            by_group = getattr(zero, name, None)
+            if by_group is not None:  # some appeared after 0.16, some are None until first used
+                by_group.clear()
+        if zero.cpu_offload:
+            for param in leaving:
+                zero.accumulated_grads_in_cpu.pop(zero.get_param_id(param), None)
+
     def install(self, groups: list[FlatGroup]) -> None:
         zero = self.wrapper
         accumulated = self._accumulated_by_param() if zero.cpu_offload else {}
@@ -145,10 +155,6 @@ class Stage12Adapter(FlatAdapter):
         self._renumber(groups)
         if zero.cpu_offload:
             self._offload_buffers(groups, accumulated)
-        for name in self._GROUP_DICTS:
-            by_group = getattr(zero, name, None)
-            if by_group is not None:  # some appeared after 0.16, some are None until first used
-                by_group.clear()
         zero.initialize_gradient_partitioning_data_structures()
         zero.reset_partition_gradient_structures()
         self._renew_hooks()

@@ -26,8 +26,10 @@ class Tolerance:
 
 EXACT = Tolerance(loss=0.0, norm=0.0, mean=0.0, largest=0.0)
 # Sums over ranks, groups and micro-batches in another order: a unit in the last place here and there. Measured on
-# two ranks: losses 1.2e-7, norms 2e-7, weights 2.4e-7.
-SINGLE = Tolerance(loss=2.5e-7, norm=5e-7, mean=5e-8, largest=1e-6)
+# two ranks: losses 1.2e-7, norms 2e-7, weights 2.4e-7. Where a gradient is next to nothing, Adam's quotient makes a
+# step of its rounding: single elements were off by 1.3e-6 on three ranks and another processor, with DeepSpeedCPUAdam.
+# What tells a wrong transition is the mean.
+SINGLE = Tolerance(loss=2.5e-7, norm=5e-7, mean=5e-8, largest=4e-6)
 # Masters agree to 1e-7 until one of them lies so near the middle between two bit16 numbers that its weight is rounded
 # to the other one; from then on gradients differ by their rounding everywhere. Measured: losses equal in all flavours
 # with torch's linear layer and one unit of bf16 (2**-7) elsewhere, masters 1.7e-5 in the mean and 4.3e-4 at most,
