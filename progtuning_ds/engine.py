@@ -23,7 +23,7 @@ from progtuning_ds.grouping import free_backward
 from progtuning_ds.regroup import GroupPlan, fingerprint, plan_groups
 from progtuning_ds.schedule import Stage, StagePlan
 from progtuning_ds.transfer import DEFAULT_CHUNK_BYTES
-from progtuning_ds.zero import build_adapter
+from progtuning_ds.zero import Adapter, build_adapter
 from progtuning_ds.zero.checkpoints import complete_checkpoints
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,11 @@ class StageEngine:
     def trainable_names(self) -> tuple[str, ...]:
         """Names of the parameters the engine trains now, in buffer order."""
         return tuple(name for group in self._adapter.groups() for name in group)
+
+    @property
+    def adapter(self) -> Adapter:
+        """What reads and changes the engine's buffers, for code that saves and restores them."""
+        return self._adapter
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds now per category: weights, master_weights, exp_avg, exp_avg_sq, gradients, ..."""
