@@ -25,6 +25,7 @@ from progtuning_ds.schedule import Stage, StagePlan
 from progtuning_ds.transfer import DEFAULT_CHUNK_BYTES
 from progtuning_ds.zero import Adapter, build_adapter
 from progtuning_ds.zero.checkpoints import complete_checkpoints
+from progtuning_ds.zero.fused import FusedStep, take_over_step
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class StageEngine:
         blocks: what ``discover_blocks(model)`` returned.
         chunk_bytes: limit of extra memory per rank while state moves (default 64 MB). Planned boundaries need none.
         lr_scheduler: a scheduler the engine does not know, because you step it yourself; default the engine's own.
+        kernel: who does the optimizer step: "deepspeed" (default), "triton", "reference" (plain PyTorch), or "auto"
+            (the best fused step there is for the device and flavour, else DeepSpeed's).
 
     Raises:
         UnsupportedDeepSpeedError: for a feature or version of DeepSpeed that cannot be retargeted, by name.
@@ -85,6 +88,7 @@ class StageEngine:
         *,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         lr_scheduler: Any | None = None,
+        kernel: str = "deepspeed",
     ) -> None:
         if plan.num_blocks != len(blocks):
             raise ValueError(f"plan.num_blocks must be {len(blocks)} as the model's, got {plan.num_blocks}")
@@ -97,11 +101,13 @@ class StageEngine:
         self._adapter = build_adapter(engine)
         self._adapter.hyper.scheduler = lr_scheduler if lr_scheduler is not None else engine.lr_scheduler
         self._stage: Stage | None = None
+        self._fused: FusedStep | None = None
         self._check_names()
         self._check_same_everywhere("the plan or the model", plan, blocks.blocks, blocks.embeddings, blocks.head)
         self._check_nothing_frozen()
         free_backward(engine.module, plan, blocks)
         complete_checkpoints(engine)
+        self._fused = take_over_step(self._adapter, kernel)
 
     @property
     def stage(self) -> Stage:
@@ -110,8 +116,10 @@ class StageEngine:
 
     @property
     def trainable_names(self) -> tuple[str, ...]:
-        """Names of the parameters the engine trains now, in buffer order."""
-        return tuple(name for group in self._adapter.groups() for name in group)
+        """Names of the parameters the engine trains now, in buffer order; without those ``freeze`` holds."""
+        held = self._fused.masked if self._fused is not None else frozenset()
+        params = self._adapter.params
+        return tuple(name for group in self._adapter.groups() for name in group if id(params[name]) not in held)
 
     @property
     def adapter(self) -> Adapter:
@@ -158,6 +166,35 @@ class StageEngine:
         """
         return self._retarget(tuple(dict.fromkeys(names)), None, None)
 
+    def freeze(self, names: Iterable[str]) -> None:
+        """Stop training ``names`` at once, at any point of a step and without communication; every rank must call it.
+
+        The fused step leaves their weights and state as they are, to the bit, and neither reads nor counts their
+        gradients. What they hold is released by the next transition, or by ``compact()``.
+
+        Raises:
+            StageTransitionError: if DeepSpeed does the step, which has no mask.
+            ValueError: for a name that does not train.
+        """
+        if self._fused is None:
+            raise StageTransitionError(
+                "freeze needs the fused step: pass kernel='auto' to StageEngine, or use retarget between steps"
+            )
+        now = self.trainable_names
+        leaving = set(names)
+        for name in sorted(leaving - set(now)):
+            raise ValueError(f"names must train now, got {name!r}{did_you_mean(name, now)}")
+        target = [name for name in now if name not in leaving]
+        if not target:
+            raise ValueError("names must leave at least one parameter that trains, got all of them")
+        set_trainable(self.engine.module, target)
+        held = {name for group in self._adapter.groups() for name in group} - set(target)
+        self._fused.mask(self._adapter.params[name] for name in held)
+
+    def compact(self) -> StageTransition:
+        """Release what frozen parameters still hold: ``retarget`` to what trains now; collective."""
+        return self.retarget(self.trainable_names)
+
     def _retarget(self, target: tuple[str, ...], stage: int | None, step: int | None) -> StageTransition:
         adapter = self._adapter
         for name in target:
@@ -172,6 +209,8 @@ class StageEngine:
         plan = self._plan(target)
         adapter.check(plan)
         set_trainable(self.engine.module, target)
+        if self._fused is not None:
+            self._fused.release()
         moved = adapter.regroup(plan, self.chunk_bytes)
         if not get_accelerator().is_synchronized_device():
             get_accelerator().empty_cache()  # freed blocks go back to the device, not only to torch's pool

@@ -119,6 +119,16 @@ class Control:
             self._limits = new
             copy_without_waiting(self.limits, torch.tensor(new, dtype=torch.float64))
 
+    def set_steps(self, steps: Sequence[int]) -> None:
+        """Say how many updates each group has received, as after a resume.
+
+        Raises:
+            ValueError: another number of groups than there are, or a negative count.
+        """
+        if len(steps) != len(self.steps) or min(steps) < 0:
+            raise ValueError(f"steps must be {len(self.steps)} counts of at least 0, got {list(steps)}")
+        copy_without_waiting(self.steps, torch.tensor(list(steps), dtype=torch.int64))
+
     def set_active(self, active: Sequence[bool]) -> None:
         """Say which groups train: one flag per group, the same on every rank."""
         if len(active) != len(self.steps):

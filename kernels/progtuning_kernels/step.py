@@ -82,9 +82,20 @@ class MaskedStep:
             reduce: all-reduce of the sum of squares; None on a single rank. Every rank must call it, also one that
                 has nothing active.
         """
-        self._ops.masked_norm_(self.work, self.control.sum_of_squares)
+        self.measure()
         if reduce is not None:
             reduce(self.control.sum_of_squares)
+        self.update()
+
+    def measure(self) -> None:
+        """First half of `run`: write the sum of squares of the active gradients to ``control.sum_of_squares``."""
+        self._ops.masked_norm_(self.work, self.control.sum_of_squares)
+
+    def update(self) -> None:
+        """Second half of `run`: decide from ``control.sum_of_squares``, and update unless it is not finite.
+
+        Several steps that are clipped together share the sum of theirs.
+        """
         self._ops.finalize_(self.control)
         self._ops.masked_adamw_(self.work, self.control)
 

@@ -18,8 +18,12 @@ def staged_runs(ranks: RankPools) -> StagedRuns:
     """``staged_runs(flavour, mode)``: what two ranks (or ``world_size``) did, through all phases of ``MODES[mode]``."""
 
     @functools.cache
-    def run(flavour: str, mode: str, kind: str = "bert", world_size: int = 2) -> list[StagedRun]:
+    def run(
+        flavour: str, mode: str, kind: str = "bert", world_size: int = 2, kernel: str = "deepspeed"
+    ) -> list[StagedRun]:
         phases, groups = MODES[mode]
-        return ranks(world_size).run(train_staged, flavour=flavour, kind=kind, phases=phases, groups=groups)
+        return ranks(world_size).run(
+            train_staged, flavour=flavour, kind=kind, phases=phases, groups=groups, kernel=kernel
+        )
 
     return run

@@ -214,9 +214,11 @@ def group_names(engine: Any) -> list[list[str]]:
     return [[names[id(p)] for p in group["params"]] for group in engine.optimizer.param_groups]
 
 
-def train_staged(flavour: str, kind: str, phases: tuple[Phase, ...], groups: str) -> StagedRun:
+def train_staged(
+    flavour: str, kind: str, phases: tuple[Phase, ...], groups: str, kernel: str = "deepspeed"
+) -> StagedRun:
     """All phases under a StageEngine, watched from outside at every boundary."""
-    engine, stages = build_staged(ALL[flavour], phases, groups, kind)
+    engine, stages = build_staged(ALL[flavour], phases, groups, kind, {"kernel": kernel})
     run = StagedRun()
     for phase in phases:
         boundary = enter_phase(engine, stages, len(run.losses))
