@@ -34,3 +34,7 @@ class UnsupportedStateError(RuntimeError):
 
 class StageTransitionError(RuntimeError):
     """A transition was asked for at a moment or in a way that would lose or misplace state. Nothing was changed."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, or cannot be used; the message is one line that names it and the reason."""

@@ -1,0 +1,62 @@
+"""A resumed run is the uninterrupted one to the bit: every flavour, any step of any stage, dropout on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoint.run import STEPS, TOTAL, Trained, resume_and_finish, train_through
+from tests.ranks import RankPools
+
+# Before the first boundary, at one (its transition is still to come), in the middle of the last stage.
+AT = (1, STEPS, TOTAL - 1)
+QUICK = [
+    ("zero1-fp32", "shrinking"),
+    ("zero2-bf16", "shrinking"),
+    ("zero2-fp32", "rotating"),
+    ("zero3-bf16", "shrinking"),
+    ("zero3-fp32", "rotating"),
+    ("zero2-offload-bf16", "shrinking"),
+    ("zero3-offload-fp32", "shrinking"),
+]
+REST = [
+    (name, plan)
+    for name in (
+        "zero0-fp32",
+        "zero0-bf16",
+        "zero1-bf16",
+        "bf16-optimizer",
+        "zero2-bf16",
+        "zero2-offload-fp32",
+        "zero3-bf16",
+        "zero3-subgroups-fp32",
+        "zero3-offload-bf16",
+        "zero2-round-robin",
+        "zero3-offload-everything",
+    )
+    for plan in ("shrinking", "rotating")
+    if (name, plan) not in QUICK
+]
+
+
+def assert_same(resumed: Trained, through: Trained, step: int) -> None:
+    assert resumed.losses == {at: losses for at, losses in through.losses.items() if at >= step}
+    assert resumed.lrs == {at: lrs for at, lrs in through.lrs.items() if at >= step}
+    for kind in ("weights", "masters", "exp_avg", "exp_avg_sq"):
+        ours, theirs = getattr(resumed, kind), getattr(through, kind)
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert torch.equal(ours[name], tensor), (kind, name)
+    assert resumed.draws == through.draws
+
+
+@pytest.mark.parametrize(("flavour", "plan"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
+def test_a_resumed_run_is_the_uninterrupted_one(ranks: RankPools, tmp_path: Path, flavour: str, plan: str) -> None:
+    through = ranks(2).run(train_through, flavour=flavour, plan=plan, folder=str(tmp_path))
+    resumed = ranks(2).run(resume_and_finish, flavour=flavour, plan=plan, folder=str(tmp_path), steps=AT)
+    assert through[0].losses != through[1].losses, "ranks see different rows"
+    for of_rank, whole in zip(resumed, through, strict=True):
+        for step, one in zip(AT, of_rank, strict=True):
+            assert_same(one, whole, step)
