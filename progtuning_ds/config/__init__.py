@@ -4,10 +4,13 @@ from progtuning_ds.config.deepspeed_json import project
 from progtuning_ds.config.loading import load_run_config, run_config, save_run_config
 from progtuning_ds.config.reference import reference
 from progtuning_ds.config.schema import (
+    CheckpointConfig,
     ClassificationConfig,
     DataConfig,
+    GuardConfig,
     LoggingConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     TrainConfig,
@@ -16,12 +19,15 @@ from progtuning_ds.config.settings import Hardware, Settings, settle, settle_war
 from progtuning_ds.config.source import DeepSpeedSource, load_deepspeed
 
 __all__ = [
+    "CheckpointConfig",
     "ClassificationConfig",
     "DataConfig",
     "DeepSpeedSource",
+    "GuardConfig",
     "Hardware",
     "LoggingConfig",
     "ModelConfig",
+    "OptimizerConfig",
     "RunConfig",
     "ScheduleConfig",
     "Settings",

@@ -131,6 +131,8 @@ _ELSEWHERE = {
     "dataloader_num_workers": "data.num_workers",
     "max_seq_length": "task.max_length",
     "logging_steps": "logging.steps",
+    "save_steps": "checkpoint.every_steps",
+    "save_total_limit": "checkpoint.keep_last",
 }
 
 

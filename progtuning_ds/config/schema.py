@@ -163,6 +163,42 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class CheckpointConfig:
+    """When the state of the run is saved, so that it can go on after an end that was not its own (`--resume`)."""
+
+    every_steps: Count | None = None
+    """Optimizer steps between two checkpoints; by default only the two below count."""
+    every_epochs: CountOrZero = 1
+    """Epochs between two checkpoints; 0 for none."""
+    at_stage_end: Flag = True
+    """Save when a stage is over."""
+    on_signal: Flag = True
+    """On SIGTERM and SIGUSR1 finish the optimizer step, save, and exit with code 75."""
+    keep_last: Count = 2
+    """Newest checkpoints to keep."""
+    keep_best: CountOrZero = 0
+    """Checkpoints to keep beside them for the best main metric on the validation rows."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
+class GuardConfig:
+    """What ends a run that has gone wrong, instead of wasting its hours."""
+
+    action: Literal["stop", "rollback", "off"] = "stop"
+    """`stop` the run, or `rollback` to the last checkpoint with a lower learning rate; the last checkpoint is good."""
+    loss_factor: Positive | None = 4.0
+    """The loss has diverged when its mean over `window` steps is this many times what it was at first; null: never."""
+    window: Count = 20
+    """Steps in that mean."""
+    max_overflows: Count = 40
+    """Steps in a row that fp16 may skip because its gradients overflow."""
+    max_rollbacks: Count = 3
+    """Rollbacks in a run before it stops after all."""
+    rollback_factor: OpenShare = 0.5
+    """The learning rate of all further steps is multiplied by this at each rollback."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class RunConfig:
     """A whole run."""
 
@@ -176,3 +212,5 @@ class RunConfig:
     output_dir: Text = "runs/run"
     """Run directory: config, records, plot, and the trained model in `final`."""
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    guard: GuardConfig = Field(default_factory=GuardConfig)

@@ -56,6 +56,5 @@ def test_any_layout_can_be_read_from_any_other(
 def test_an_element_in_no_file_is_named() -> None:
     files, _ = described(layouts([10, 7], 2, sharded=False))
     fragments = read_fragments(files[:1])
-    with pytest.raises(CheckpointError, match=r"master of 'p\d' is incomplete: element \d is in no file"):
-        for index, numel in enumerate((10, 7)):
-            fragments.slices("master", f"p{index}", 0, numel)
+    with pytest.raises(CheckpointError, match="master of 'p0' is incomplete: element 6 is in no file"):
+        fragments.slices("master", "p0", 0, 10)

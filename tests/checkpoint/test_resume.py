@@ -14,23 +14,25 @@ from tests.ranks import RankPools
 AT = (1, STEPS, TOTAL - 1)
 QUICK = [
     ("zero1-fp32", "shrinking"),
-    ("zero2-bf16", "shrinking"),
-    ("zero2-fp32", "rotating"),
+    ("zero2-bf16", "rotating"),
     ("zero3-bf16", "shrinking"),
-    ("zero3-fp32", "rotating"),
-    ("zero2-offload-bf16", "shrinking"),
-    ("zero3-offload-fp32", "shrinking"),
+    ("zero2-offload-fp32", "shrinking"),
 ]
 REST = [
     (name, plan)
     for name in (
         "zero0-fp32",
         "zero0-bf16",
+        "zero1-fp32",
         "zero1-bf16",
         "bf16-optimizer",
+        "zero2-fp32",
         "zero2-bf16",
         "zero2-offload-fp32",
+        "zero2-offload-bf16",
+        "zero3-fp32",
         "zero3-bf16",
+        "zero3-offload-fp32",
         "zero3-subgroups-fp32",
         "zero3-offload-bf16",
         "zero2-round-robin",

@@ -78,28 +78,14 @@ def test_there_is_a_complete_checkpoint_whichever_call_is_the_last(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every rename, removal and sync of a save in turn is the one that never happens."""
-    calls = ["rename", "replace", "mkdir", "unlink"]
     for number in range(40):
-        folder = tmp_path / str(number)
-        store = CheckpointStore(folder)
+        store = CheckpointStore(tmp_path / str(number))
         make(store, 5)
         make(store, 10)
-        left = [number]
-
-        def stop_in_time(function):
-            def guarded(*args, **kwargs):
-                if left[0] == 0:
-                    raise KeyboardInterrupt
-                left[0] -= 1
-                return function(*args, **kwargs)
-
-            return guarded
-
+        fuse = Fuse(number)
         with monkeypatch.context() as patch:
-            for name in calls:
-                patch.setattr(Path, name, stop_in_time(getattr(Path, name)))
-            patch.setattr(store_module.os, "fsync", stop_in_time(store_module.os.fsync))
-            patch.setattr(store_module.shutil, "rmtree", stop_in_time(store_module.shutil.rmtree))
+            for owner, name in FATAL:
+                patch.setattr(owner, name, fuse.guard(getattr(owner, name)))
             try:
                 make(store, 15)
                 store.remove_all_but({10, 15})
@@ -107,10 +93,30 @@ def test_there_is_a_complete_checkpoint_whichever_call_is_the_last(
                 finished = False
             else:
                 finished = True
-        best = CheckpointStore(folder).candidates()[0]
+        best = CheckpointStore(store.folder).candidates()[0]
         assert best.name in ("step-00000010", "step-00000015")
         assert (best / "data").read_text() == f"data of {int(best.name[-2:])}"
         if finished:
             assert number > 5, "the test stops nothing"
             return
     raise AssertionError("the save never finished")
+
+
+FATAL = [(Path, name) for name in ("rename", "replace", "mkdir", "unlink")]
+FATAL += [(store_module.os, "fsync"), (store_module.shutil, "rmtree")]
+
+
+class Fuse:
+    """Lets so many calls through and stops at the next."""
+
+    def __init__(self, calls: int) -> None:
+        self.left = calls
+
+    def guard(self, function):
+        def guarded(*args, **kwargs):
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            return function(*args, **kwargs)
+
+        return guarded
