@@ -127,6 +127,14 @@ class Bench:
         return counter.get_total_flops()
 
 
+def close(engine: Any) -> None:
+    """Free what an engine holds: ZeRO-3's hooks keep a destroyed one alive."""
+    engine.destroy()
+    vars(engine.optimizer).clear()
+    vars(engine).clear()
+    gc.collect()
+
+
 def ordinary_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """What most scripts pass to DeepSpeed: one group that decays, one that does not."""
     parameters = list(model.parameters())
@@ -176,8 +184,8 @@ def measure_overhead(bench: Bench, report: Report) -> None:
         pair = [bench.step(engine) for engine in ((plain, stages.engine) if turn % 2 else (stages.engine, plain))]
         times.append((pair[0], pair[1]) if turn % 2 else (pair[1], pair[0]))
         stages.advance(0)
-    plain.destroy()
-    stages.engine.destroy()
+    close(plain)
+    close(stages.engine)
     report.overhead = {
         "plain_seconds": statistics.median(p for p, _ in times),
         "staged_seconds": statistics.median(s for _, s in times),
@@ -195,7 +203,7 @@ def measure_planned(bench: Bench, report: Report) -> None:
             transition = stages.advance(index)
         report.planned.append(_record(transition, memory, seconds))
     bench.steps(stages.engine)
-    stages.engine.destroy()
+    close(stages.engine)
 
 
 def measure_unplanned(bench: Bench, report: Report) -> None:
@@ -212,7 +220,7 @@ def measure_unplanned(bench: Bench, report: Report) -> None:
         transition = stages.retarget(target)
     layout = flat_layout(sized, dist.get_world_size())
     bound = sum(least_traffic(layout, b, [n for n, _ in group if n in set(target)]) for b, group in enumerate(sized))
-    stages.engine.destroy()
+    close(stages.engine)
     report.unplanned = _record(transition, memory, seconds) | {
         "least_bytes": 0 if bench.options.zero in (0, 3) else 12 * bound,  # master, exp_avg, exp_avg_sq
         "chunk_bytes": stages.chunk_bytes,
@@ -257,10 +265,9 @@ def measure_throughput(bench: Bench, report: Report) -> None:
                     "state_bytes": sum(stages.memory()[key] for key in ("master_weights", "exp_avg", "exp_avg_sq")),
                 }
             )
-        stages.engine.destroy()
+        close(stages.engine)
         del stages
-        gc.collect()
-    plain.destroy()
+    close(plain)
 
 
 def show(report: Report) -> None:

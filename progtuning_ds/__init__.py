@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from progtuning_ds.engine import StageEngine, StageTransition
     from progtuning_ds.errors import ConfigError, StageTransitionError, UnsupportedDeepSpeedError
     from progtuning_ds.grouping import param_groups
+    from progtuning_ds.optim import MaskedAdamW
     from progtuning_ds.schedule import Part, Stage, StagePlan, custom_plan, partition_blocks, plan_stages
 
 __version__ = "0.1.0.dev0"
@@ -21,6 +22,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "BlockMap": "blocks",
     "ConfigError": "errors",
+    "MaskedAdamW": "optim",
     "Part": "schedule",
     "Stage": "schedule",
     "StageEngine": "engine",
@@ -38,6 +40,7 @@ _HOME = {
 __all__ = [
     "BlockMap",
     "ConfigError",
+    "MaskedAdamW",
     "Part",
     "Stage",
     "StageEngine",

@@ -69,7 +69,9 @@ class MaskedAdamW(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         if master not in MASTERS:
-            raise ValueError(f"master must be one of {', '.join(MASTERS)}, got {master!r}{did_you_mean(master, MASTERS)}")
+            raise ValueError(
+                f"master must be one of {', '.join(MASTERS)}, got {master!r}{did_you_mean(master, MASTERS)}"
+            )
         if state_bits not in (32, 8):
             raise ValueError(f"state_bits must be 32 or 8, got {state_bits!r}")
         if not max_norm >= 0:
@@ -155,6 +157,8 @@ class MaskedAdamW(torch.optim.Optimizer):
         known, step = self._steps.get(params[0], (None, None))
         if known != key:
             step = MaskedStep(buffers, [Hyper()] * len(params), gradients="segments", impl=self.kernel, seed=self.seed)
+            # Noise follows the count of updates, so that a resumed run rounds as the uninterrupted one.
+            step.control.updates.fill_(max(int(self.state[p]["step"]) for p in params))
             self._steps[params[0]] = (key, step)
         step.control.set_steps([int(self.state[p]["step"]) for p in params])
         return step

@@ -149,6 +149,14 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class OptimizerConfig:
+    """Who does the optimizer step. Its numbers are in `train`, or in the DeepSpeed JSON."""
+
+    kernel: Literal["auto", "triton", "reference", "deepspeed"] = "deepspeed"
+    """DeepSpeed's own step, or one fused pass: Triton's, plain PyTorch's, or `auto` for the best there is."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class LoggingConfig:
     """What is shown and drawn. Records are always written."""
 
@@ -207,6 +215,7 @@ class RunConfig:
     task: ClassificationConfig = Field(default_factory=ClassificationConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     deepspeed: Annotated[str, Field(min_length=1, strict=True)] | dict[str, Any] = "zero2"
     """A preset's name, the path of a DeepSpeed JSON, or a DeepSpeed configuration written out."""
     output_dir: Text = "runs/run"

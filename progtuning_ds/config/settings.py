@@ -7,6 +7,7 @@ and the batch (32 rows over all ranks), so that a result does not depend on how 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def settle(config: RunConfig, source: DeepSpeedSource, hardware: Hardware) -> Se
         ConfigError: if the two sides contradict each other, the batch sizes do not divide, or the hardware cannot
             compute in the precision asked for. The message names both fields and values.
     """
+    _check_kernel(config, source, hardware)
     train = config.train
     optimizer = "optimizer.params"
     micro, accumulation, rows = _settle_batch(train, source, hardware.world_size)
@@ -194,6 +196,23 @@ def _check_multiple(name: str, rows: int, unit: int, words: str) -> None:
         below = rows // unit * unit
         near = f"{below} or {below + unit}" if below else f"{unit}"
         raise ConfigError(f"{name} must be a multiple of {words} = {unit}, got {rows}; nearest: {near}")
+
+
+def _check_kernel(config: RunConfig, source: DeepSpeedSource, hardware: Hardware) -> None:
+    """Say before anything is loaded that there is no fused step for what was asked."""
+    kernel = config.optimizer.kernel
+    if kernel not in ("triton", "reference"):
+        return
+    stage = source.number("zero_optimization.stage") or 0
+    why = None
+    if stage == 0:
+        why = f"zero_optimization.stage is 0 in {source.name}, and the fused step is for 1, 2 and 3"
+    elif source.offloads_optimizer:
+        why = f"{source.name} offloads the optimizer, which the host then updates with DeepSpeedCPUAdam"
+    elif kernel == "triton" and hardware.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ConfigError("optimizer.kernel must be auto, reference or deepspeed on the CPU, got triton")
+    if why:
+        raise ConfigError(f"optimizer.kernel must be auto or deepspeed here, got {kernel}: {why}")
 
 
 def _settle_precision(train: TrainConfig, source: DeepSpeedSource, hardware: Hardware) -> str:

@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from progtuning_ds.engine import StageEngine
 from progtuning_ds.grouping import param_groups
+from progtuning_ds.optim import register_optimizer
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.models import load_model
 from progtuning_ds.train.ranks import Ranks
@@ -47,6 +48,7 @@ def build(job: Job, ranks: Ranks) -> Built:
 
     The new head is drawn from `train.seed` on every rank alike; dropout then differs from rank to rank.
     """
+    register_optimizer()
     set_seed(job.config.train.seed)
     hf_deepspeed = HfDeepSpeedConfig(job.deepspeed) if job.zero_stage == 3 else None
     model = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision)
@@ -57,7 +59,7 @@ def build(job: Job, ranks: Ranks) -> Built:
         config=job.deepspeed,
         lr_scheduler=_scheduler(job),
     )
-    return Built(engine, StageEngine(engine, job.plan, job.blocks), hf_deepspeed)
+    return Built(engine, StageEngine(engine, job.plan, job.blocks, kernel=job.config.optimizer.kernel), hf_deepspeed)
 
 
 def _scheduler(job: Job) -> Callable[[torch.optim.Optimizer], Any] | None:

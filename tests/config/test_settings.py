@@ -225,3 +225,28 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 def test_a_misspelt_key_of_deepspeed_is_not_ignored(deepspeed: dict, words: str) -> None:
     assert words in refusal({}, deepspeed)
     assert load_deepspeed({"a_key_of_tomorrow": 1}).get("a_key_of_tomorrow") == 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "deepspeed", "said"),
+    [
+        ("reference", {"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0"),
+        ("triton", "zero2_offload", "offloads the optimizer"),
+        ("triton", "zero2", "optimizer.kernel must be auto, reference or deepspeed on the CPU, got triton"),
+    ],
+)
+def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, kernel: str, deepspeed: Any, said: str
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = run_config({"optimizer": {"kernel": kernel}, "deepspeed": deepspeed})
+    with pytest.raises(ConfigError, match="optimizer.kernel must be") as caught:
+        settle(config, load_deepspeed(config.deepspeed), CPU)
+    assert said in str(caught.value)
+    settle(config, load_deepspeed("zero3"), GPU)
+    settle(run_config({"optimizer": {"kernel": "auto"}, "deepspeed": deepspeed}), load_deepspeed(deepspeed), CPU)
+
+
+def test_a_word_that_is_no_kernel_is_named() -> None:
+    with pytest.raises(ConfigError, match="optimizer.kernel must be one of auto, triton, reference, deepspeed"):
+        run_config({"optimizer": {"kernel": "tritn"}})

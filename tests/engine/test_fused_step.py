@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.engine.ranks_train import (
     build_staged,
     micro_step,
     optimizer_step,
+    run_until,
     weights,
 )
 from tests.engine.reference import Run
@@ -45,6 +47,23 @@ def test_options_and_other_adams_train_as_the_oracle(staged_runs: StagedRuns, na
     numerics = ALL[name].numerics
     device = "cuda" if has_gpu_each(2) else "cpu"
     assert_agree(runs, oracle("bert", MODES["rotating"][0], 2, numerics, device), tolerance_for(numerics))
+
+
+def train_with(kernel: str, flavour: str) -> dict[str, torch.Tensor]:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing else here does
+    engine, stages = build_staged(ALL[flavour], shrinking(steps=1), "plan", options={"kernel": kernel})
+    run_until(engine, stages, range(3))
+    return weights(engine)
+
+
+@pytest.mark.parametrize("name", ["zero2-bf16", pytest.param("zero3-bf16", marks=pytest.mark.slow)])
+def test_tritons_kernels_give_the_references_bits(ranks: RankPools, name: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed; pip install 'triton>=3.6' runs this")
+    by_triton = ranks(2).run(train_with, kernel="triton", flavour=name)
+    by_torch = ranks(2).run(train_with, kernel="reference", flavour=name)
+    for ours, theirs in zip(by_triton, by_torch, strict=True):
+        for parameter, value in theirs.items():
+            assert torch.equal(ours[parameter], value), parameter
 
 
 # ---- freezing by mask ----------------------------------------------------------------------------------------------
