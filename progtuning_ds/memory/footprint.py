@@ -1,0 +1,296 @@
+"""What one rank holds in one stage, by category, on the device and in host memory. Standard library only.
+
+Model states follow ``state`` to the byte (``StageEngine.memory()`` measures the same). Activations follow
+``activations``. What lives for a moment only (buckets, gathered weights, the copy of a gradient in the step) is
+counted at the moment it lives; the peak is the highest of these moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from progtuning_ds.layout import padded_numel, shard_numel
+from progtuning_ds.memory.activations import TokenCosts, token_costs
+from progtuning_ds.memory.architecture import Architecture
+from progtuning_ds.memory.parameters import Group, ParamTable
+from progtuning_ds.memory.setup import Batch, EngineSetup
+from progtuning_ds.memory.state import BIT16_BYTES, FP32_BYTES, gradient_bytes, owned_numel
+from progtuning_ds.schedule import Stage, StagePlan
+
+CATEGORIES = (
+    "weights",
+    "master_weights",
+    "exp_avg",
+    "exp_avg_sq",
+    "other_state",
+    "gradients",
+    "buckets",
+    "gathered",
+    "activations",
+    "logits",
+    "step",
+)
+"""In the order in which a plot stacks them. ``gathered`` are ZeRO-3 weights while they are whole, ``logits`` includes
+the loss, ``step`` is what the optimizer step needs for a moment."""
+MOMENTS = ("forward", "backward", "step")
+"""``forward`` is its end, where activations are most; ``backward`` its end, where gradients are most."""
+_QUANTILE_BLOCK, _BASE_BLOCK = 256, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of one rank in one stage.
+
+    Attributes:
+        stage: index of the stage.
+        states: what stays from step to step on the device, by category.
+        moments: for each of ``MOMENTS``, everything on the device by category.
+        host: what stays in host memory.
+    """
+
+    stage: int
+    states: Mapping[str, int]
+    moments: Mapping[str, Mapping[str, int]]
+    host: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def peak_moment(self) -> str:
+        """The moment with most on the device."""
+        return max(self.moments, key=lambda name: sum(self.moments[name].values()))
+
+    @property
+    def device(self) -> Mapping[str, int]:
+        """Everything on the device by category, at the peak."""
+        return self.moments[self.peak_moment]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes on the device at any moment."""
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        """Bytes in host memory."""
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model under a plan: what does not change while setups and batches are tried.
+
+    Attributes:
+        params: the model's parameters.
+        shape: the model's blocks; None counts model states only.
+        plan: what trains when.
+    """
+
+    params: ParamTable
+    shape: Architecture | None
+    plan: StagePlan
+
+    def footprints(self, setup: EngineSetup, batches: Sequence[Batch]) -> tuple[Footprint, ...]:
+        """Footprint of every stage; one batch for each."""
+        return tuple(
+            self.footprint(setup, batch, stage.index) for stage, batch in zip(self.plan.stages, batches, strict=True)
+        )
+
+    def footprint(self, setup: EngineSetup, batch: Batch, stage: int) -> Footprint:
+        """Footprint of one stage."""
+        groups = self.params.groups(self.plan, stage)
+        device, host = self._states(setup, groups)
+        return self._with_moments(setup, batch, stage, groups, device, host)
+
+    def model_states(self, setup: EngineSetup, stage: int) -> dict[str, int]:
+        """Bytes by category that ``StageEngine.memory()`` reports in a stage, device and host together."""
+        device, host = self._states(setup, self.params.groups(self.plan, stage))
+        return {name: device.get(name, 0) + host.get(name, 0) for name in CATEGORIES[:5]}
+
+    # ---- what stays --------------------------------------------------------------------------------------------
+
+    def _states(self, setup: EngineSetup, groups: Sequence[Group]) -> tuple[dict[str, int], dict[str, int]]:
+        owned = owned_numel([group.numels for group in groups], setup.flavour)
+        state = self._optimizer_state(setup, owned)
+        device = {"weights": self._weights(setup)}
+        host: dict[str, int] = {}
+        if setup.offload_param:
+            persistent = self._persistent(setup) * setup.element
+            host["weights"], device["weights"] = device["weights"] - persistent, persistent
+        (host if setup.offload_optimizer else device).update(state)
+        return device, host
+
+    @staticmethod
+    def _optimizer_state(setup: EngineSetup, owned: int) -> dict[str, int]:
+        separate = setup.flavour.bit16 or setup.zero_stage > 0
+        moment = owned * setup.state_bits // 8
+        scales = 2 * FP32_BYTES * -(-owned // _QUANTILE_BLOCK) if setup.state_bits == 8 else 0
+        return {
+            "master_weights": FP32_BYTES * owned * separate,
+            "exp_avg": moment,
+            "exp_avg_sq": moment,
+            "other_state": scales,
+        }
+
+    def _weights(self, setup: EngineSetup) -> int:
+        """Storage under the weights: shards and persistent parameters in ZeRO-3, else flat buffers of stage 0."""
+        frozen = [p.numel for p in self.params.params if p.frozen]
+        base = self._frozen_bytes(setup, frozen)
+        trainable = [p.numel for p in self.params.params if not p.frozen]
+        if setup.zero_stage == 3:
+            shards = sum(shard_numel(numel, setup.world_size) for numel in trainable)
+            return setup.element * (shards + self._persistent(setup)) + base
+        initial = self.params.groups(self.plan, 0)
+        grouped = sum(group.numel for group in initial)
+        padded = sum(self._padded(setup, group.numel) for group in initial)
+        return setup.element * (padded + sum(trainable) - grouped) + base
+
+    @staticmethod
+    def _padded(setup: EngineSetup, numel: int) -> int:
+        """Elements of a group's flat buffer; stage 0 pads nothing."""
+        return numel if setup.zero_stage == 0 else padded_numel(numel, setup.world_size)
+
+    @staticmethod
+    def _frozen_bytes(setup: EngineSetup, numels: Sequence[int]) -> int:
+        shared = setup.world_size if setup.zero_stage == 3 else 1
+        if setup.frozen_bits == 16:
+            return setup.element * sum(shard_numel(numel, shared) for numel in numels)
+        return sum(
+            -(-shard_numel(numel, shared) * setup.frozen_bits // 8) + FP32_BYTES * -(-numel // (_BASE_BLOCK * shared))
+            for numel in numels
+        )
+
+    def _persistent(self, setup: EngineSetup) -> int:
+        """Elements of what ZeRO-3 keeps whole on every rank, as gathered (``mark_persistent_parameters``)."""
+        if not _gathers(setup):
+            return 0
+        small = (p.numel for p in self.params.params if p.numel <= setup.persistence_threshold)
+        return sum(shard_numel(numel, setup.world_size) * setup.world_size for numel in small)
+
+    # ---- what comes and goes -----------------------------------------------------------------------------------
+
+    def _with_moments(
+        self,
+        setup: EngineSetup,
+        batch: Batch,
+        stage: int,
+        groups: Sequence[Group],
+        device: dict[str, int],
+        host: dict[str, int],
+    ) -> Footprint:
+        numels = [group.numels for group in groups]
+        owned = owned_numel(numels, setup.flavour)
+        trained = sum(group.numel for group in groups)
+        lasting, on_host = _lasting_gradients(setup, numels)
+        if on_host:
+            host["gradients"] = on_host
+        if lasting:
+            device["gradients"] = lasting
+        arriving, complete = _step_gradients(setup, owned, trained)
+        passing, kept_low = self._activations(setup, batch, stage)
+        buckets = _bucket_bytes(setup, trained)
+        gathered = self._gathered(setup)
+        held = arriving if batch.accumulation == 1 else complete
+        forward = device | passing
+        forward["gradients"] = device.get("gradients", 0) + held
+        backward = device | kept_low | {"gradients": device.get("gradients", 0) + complete, "buckets": buckets}
+        step = device | {
+            "gradients": device.get("gradients", 0) + complete,
+            "step": _step_copy(setup, groups),
+        }
+        if setup.zero_stage == 3:
+            forward["gathered"] = backward["gathered"] = gathered
+            forward["buckets"] = buckets
+        moments = {"forward": forward, "backward": backward, "step": step}
+        return Footprint(stage, device, moments, host)
+
+    def _activations(self, setup: EngineSetup, batch: Batch, stage: int) -> tuple[dict[str, int], dict[str, int]]:
+        """What is kept at the end of forward, and what backward's last block still has."""
+        if self.shape is None:
+            return {}, {}
+        costs = token_costs(
+            self.shape, batch.seq_len, attention=batch.attention, element=setup.element, device=batch.device
+        )
+        blocks = self._kept_by_blocks(setup, costs, self.plan.stages[stage])
+        embeddings = costs.embeddings.trained if self._backward_reaches_embeddings(stage) else 0.0
+        highest = max((kept for kept in blocks), default=0.0)
+        if batch.checkpointing:
+            kept = costs.block_input * sum(1 for block in blocks if block)
+            recomputed = highest
+        else:
+            kept, recomputed = sum(blocks), 0.0
+        base = embeddings + kept + costs.head.trained
+        lowest = embeddings + next((block for block in blocks if block), 0.0) + costs.workspace
+        tokens = batch.tokens
+        # The loss is over before the first block is recomputed: of the two, the larger counts.
+        if costs.logits + costs.logits_workspace >= recomputed + costs.workspace:
+            above = {"activations": tokens * base, "logits": tokens * (costs.logits + costs.logits_workspace)}
+        else:
+            above = {"activations": tokens * (base + recomputed + costs.workspace), "logits": 0.0}
+            if not batch.checkpointing:
+                above["logits"] = tokens * costs.logits
+        return {name: round(value) for name, value in above.items()}, {"activations": round(tokens * lowest)}
+
+    def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: Stage) -> list[float]:
+        """Bytes per token of every block; nothing below where backward stops."""
+        trains = {param.component for param in self.params.trains(stage, self.plan.always_train)}
+        wholly = set(stage.trainable_blocks)
+        reached = "embeddings" in trains
+        kept = []
+        for block in range(self.params.num_blocks):
+            reached = reached or block in trains
+            # ZeRO-3's own linear layer saves its input whether the weight trains or not.
+            all_of_it = block in wholly or setup.zero_stage == 3
+            kept.append((costs.block.trained if all_of_it else costs.block.always) if reached else 0.0)
+        return kept
+
+    def _backward_reaches_embeddings(self, stage: int) -> bool:
+        trained = self.params.trains(self.plan.stages[stage], self.plan.always_train)
+        return any(param.component == "embeddings" for param in trained)
+
+    def _gathered(self, setup: EngineSetup) -> int:
+        """Whole ZeRO-3 weights at once: what reuse keeps, at least the largest module and what is fetched ahead."""
+        if not _gathers(setup):
+            return 0
+        sharded = [p.numel for p in self.params.params if p.numel > setup.persistence_threshold]
+        at_least = max(sharded, default=0) + setup.prefetch_bucket
+        return setup.element * min(sum(sharded), max(at_least, setup.max_live))
+
+
+def _gathers(setup: EngineSetup) -> bool:
+    """Whether ZeRO-3 makes whole weights; a single rank's shard on the device is whole already."""
+    return setup.zero_stage == 3 and (setup.world_size > 1 or setup.offload_param)
+
+
+def _lasting_gradients(setup: EngineSetup, numels: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Gradient buffers that live from step to step: bytes on the device and in host memory."""
+    lasting = gradient_bytes(numels, setup.flavour)
+    return (0, lasting) if setup.offload_optimizer else (lasting, 0)
+
+
+def _step_gradients(setup: EngineSetup, owned: int, trained: int) -> tuple[int, int]:
+    """Gradients beside the lasting buffers: at the start of a step's first backward, and once it is complete."""
+    element = FP32_BYTES if setup.fp32_gradients else setup.element
+    if setup.offload_optimizer or setup.zero_stage == 3 or (setup.zero_stage == 1 and setup.fp32_gradients):
+        return 0, 0
+    if setup.zero_stage == 2:
+        return 0, element * owned
+    return 0, setup.element * trained
+
+
+def _bucket_bytes(setup: EngineSetup, trained: int) -> int:
+    if setup.zero_stage == 0:
+        return 0
+    return setup.element * setup.reduce_bucket * (2 if setup.overlap_comm and setup.zero_stage < 3 else 1)
+
+
+def _step_copy(setup: EngineSetup, groups: Sequence[Group]) -> int:
+    """Copies of gradients that DeepSpeed makes for the update: flattened, then in fp32 (``step()``)."""
+    if setup.kernel == "fused" or setup.offload_optimizer:
+        return 0
+    shares = [owned_numel([group.numels], setup.flavour) for group in groups]
+    per_element = FP32_BYTES + (BIT16_BYTES if setup.flavour.bit16 else 0)
+    if setup.zero_stage == 0:
+        return FP32_BYTES * sum(shares) if setup.flavour.bit16 else 0
+    if setup.zero_stage == 3:
+        shares = [min(share, setup.sub_group) for share in shares]
+    return per_element * max(shares, default=0)

@@ -1,0 +1,92 @@
+"""Owns a model's parameters as sizes, and how they fall into groups under a plan. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from progtuning_ds.errors import ConfigError
+from progtuning_ds.schedule import Stage, StagePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One parameter.
+
+    Attributes:
+        name: canonical name.
+        numel: elements.
+        component: ``"embeddings"``, the index of a block, or ``"head"``.
+        decays: has weight decay, so belongs to another group than one that has none.
+        frozen: never trains, such as the base weights under LoRA.
+    """
+
+    name: str
+    numel: int
+    component: str | int
+    decays: bool = True
+    frozen: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters of one optimizer group: those that leave after the same stage and share their weight decay."""
+
+    last_stage: int
+    decays: bool
+    numels: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements, without padding."""
+        return sum(self.numels)
+
+
+@dataclass(frozen=True)
+class ParamTable:
+    """All parameters of a model, in model order; tied weights appear once."""
+
+    params: tuple[Param, ...]
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        for param in self.params:
+            if isinstance(param.component, int) and not 0 <= param.component < self.num_blocks:
+                raise ConfigError(f"component must be a block within 0..{self.num_blocks - 1}, got {param}")
+
+    @cached_property
+    def numel(self) -> int:
+        """Elements of the whole model."""
+        return sum(param.numel for param in self.params)
+
+    def trains(self, stage: Stage, always_train: tuple[str, ...] = ()) -> tuple[Param, ...]:
+        """Return what trains in a stage, in model order; the rule of ``BlockMap.trainable_names``."""
+        wanted: set[str | int] = {"head", *stage.trainable_blocks}
+        if stage.embeddings:
+            wanted.add("embeddings")
+        return tuple(
+            param
+            for param in self.params
+            if not param.frozen
+            and (param.component in wanted or any(fnmatchcase(param.name, pattern) for pattern in always_train))
+        )
+
+    def groups(self, plan: StagePlan, stage: int = 0) -> tuple[Group, ...]:
+        """Return the optimizer groups in a stage, in the order of ``param_groups``.
+
+        A plan that only shrinks drops whole groups of those made for stage 0. Any other plan is counted as if groups
+        had been made for the stage alone, which differs in padding only.
+        """
+        first = 0 if plan.is_shrinking else stage
+        last_stage: dict[str, int] = {}
+        for later in plan.stages[first:] if plan.is_shrinking else plan.stages[stage : stage + 1]:
+            last_stage.update(dict.fromkeys((p.name for p in self.trains(later, plan.always_train)), later.index))
+        members: dict[tuple[int, bool], list[int]] = {}
+        for param in self.trains(plan.stages[first], plan.always_train):
+            members.setdefault((last_stage[param.name], param.decays), []).append(param.numel)
+        return tuple(
+            Group(leaves, decays, tuple(members[leaves, decays]))
+            for leaves, decays in sorted(members, reverse=True)
+            if leaves >= stage
+        )
