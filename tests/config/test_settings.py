@@ -240,7 +240,7 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = run_config({"optimizer": {"kernel": kernel}, "deepspeed": deepspeed})
-    with pytest.raises(ConfigError, match="optimizer.kernel must be") as caught:
+    with pytest.raises(ConfigError, match=r"optimizer\.kernel must be") as caught:
         settle(config, load_deepspeed(config.deepspeed), CPU)
     assert said in str(caught.value)
     settle(config, load_deepspeed("zero3"), GPU)
@@ -248,5 +248,5 @@ def test_a_kernel_that_cannot_run_here_is_refused_before_anything_is_loaded(
 
 
 def test_a_word_that_is_no_kernel_is_named() -> None:
-    with pytest.raises(ConfigError, match="optimizer.kernel must be one of auto, triton, reference, deepspeed"):
+    with pytest.raises(ConfigError, match=r"optimizer\.kernel must be one of auto, triton, reference, deepspeed"):
         run_config({"optimizer": {"kernel": "tritn"}})

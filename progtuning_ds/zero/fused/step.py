@@ -163,8 +163,11 @@ class FusedStep(abc.ABC):
         groups = self.master_groups()
         states = self._states(groups)
         pointers = tuple(
-            (entry.master.data_ptr(), entry.weight is not None and entry.weight.data_ptr(), len(entry.pieces))
-            + (state["exp_avg"].data_ptr(), state["exp_avg_sq"].data_ptr())
+            (
+                len(entry.pieces),
+                0 if entry.weight is None else entry.weight.data_ptr(),
+                *(tensor.data_ptr() for tensor in (entry.master, state["exp_avg"], state["exp_avg_sq"])),
+            )
             for entry, state in zip(groups, states, strict=True)
         )
         if self._step is None or pointers != self._pointers or _counts(states) != self._counts:
