@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from progtuning_kernels import MaskedStep
 
 from progtuning_ds.blocks import BlockMap, full_shape, set_trainable
 from progtuning_ds.errors import StageTransitionError, did_you_mean
@@ -125,6 +126,19 @@ class StageEngine:
     def adapter(self) -> Adapter:
         """What reads and changes the engine's buffers, for code that saves and restores them."""
         return self._adapter
+
+    @property
+    def kernel(self) -> str:
+        """Who does the optimizer step: "deepspeed", or the fused one as "triton", "reference" or "fused_cpu"."""
+        return "deepspeed" if self._fused is None else self._fused.implementation
+
+    @property
+    def masked_step(self) -> MaskedStep | None:
+        """The fused step's kernels, for measurements (bytes moved, device flags); None where DeepSpeed steps.
+
+        Made anew by every transition.
+        """
+        return None if self._fused is None else self._fused.masked_step
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds now per category: weights, master_weights, exp_avg, exp_avg_sq, gradients, ..."""

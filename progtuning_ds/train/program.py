@@ -71,6 +71,7 @@ def _run(job: Job, ranks: Ranks, console: Console) -> None:
     for line in describe(job):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     built = build(job, ranks)
+    console.print(_who_steps(built.stages.kernel, job.config.optimizer.kernel), highlight=False, markup=False)
     observer = _observer(job, ranks, console, folder)
     try:
         metrics = TrainingLoop(job, built, ranks, observer).run()
@@ -101,6 +102,11 @@ def describe(job: Job) -> list[str]:
         f"{settings.world_size} rank(s); peak learning rate {settings.learning_rate:g}, "
         f"{job.warmup_steps} steps of warm-up",
     ]
+
+
+def _who_steps(kernel: str, asked: str) -> str:
+    who = {"deepspeed": "DeepSpeed's own", "triton": "fused, by Triton", "reference": "fused, in plain PyTorch"}
+    return f"optimizer step: {who.get(kernel, 'fused, by PyTorch for CPUs')} (optimizer.kernel: {asked})"
 
 
 def _write_inputs(job: Job, folder: Path) -> None:

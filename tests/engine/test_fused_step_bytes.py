@@ -35,8 +35,8 @@ def step_traffic(flavour: str, kernel: str, mask: bool) -> tuple[float, int]:
     traffic = TensorTraffic()
     own = 0
     active = sum(master.numel() for master in stages._adapter.master_tensors())
-    if stages._fused is not None:
-        step = stages._fused.masked_step
+    if stages.masked_step is not None:
+        step = stages.masked_step
         step._ops = step._ops._replace(
             masked_norm_=traffic.unseen(step._ops.masked_norm_),
             finalize_=traffic.unseen(step._ops.finalize_),
@@ -45,8 +45,8 @@ def step_traffic(flavour: str, kernel: str, mask: bool) -> tuple[float, int]:
         active = step.work.active_numel
     with traffic:
         engine.optimizer.step()
-    if stages._fused is not None:
-        own = stages._fused.masked_step.work.bytes_moved
+    if stages.masked_step is not None:
+        own = stages.masked_step.work.bytes_moved
     return (traffic.total + own) / active, active
 
 
