@@ -5,8 +5,10 @@ Standard library only. Tests compare it with live engines (to the byte for model
 
 from progtuning_ds.memory.activations import Kept, TokenCosts, token_costs
 from progtuning_ds.memory.architecture import ATTENTIONS, Architecture
+from progtuning_ds.memory.costs import CostModel
 from progtuning_ds.memory.footprint import CATEGORIES, MOMENTS, Footprint, Workload
 from progtuning_ds.memory.parameters import Group, Param, ParamTable
+from progtuning_ds.memory.search import Budget, Choice, Failure, Outcome, Proposal, Remedy, Request, remedies, search
 from progtuning_ds.memory.setup import KERNELS, Batch, EngineSetup
 from progtuning_ds.memory.state import Flavour, gradient_bytes, owned_numel, state_bytes
 from progtuning_ds.memory.units import format_bytes, parse_bytes
@@ -18,19 +20,29 @@ __all__ = [
     "MOMENTS",
     "Architecture",
     "Batch",
+    "Budget",
+    "Choice",
+    "CostModel",
     "EngineSetup",
+    "Failure",
     "Flavour",
     "Footprint",
     "Group",
     "Kept",
+    "Outcome",
     "Param",
     "ParamTable",
+    "Proposal",
+    "Remedy",
+    "Request",
     "TokenCosts",
     "Workload",
     "format_bytes",
     "gradient_bytes",
     "owned_numel",
     "parse_bytes",
+    "remedies",
+    "search",
     "state_bytes",
     "token_costs",
 ]

@@ -7,8 +7,9 @@ counted at the moment it lives; the peak is the highest of these moments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from progtuning_ds.layout import padded_numel, shard_numel
 from progtuning_ds.memory.activations import TokenCosts, token_costs
@@ -35,6 +36,7 @@ CATEGORIES = (
 the loss, ``step`` is what the optimizer step needs for a moment."""
 MOMENTS = ("forward", "backward", "step")
 """``forward`` is its end, where activations are most; ``backward`` its end, where gradients are most."""
+_T = TypeVar("_T")
 _QUANTILE_BLOCK, _BASE_BLOCK = 256, 64
 
 
@@ -88,6 +90,21 @@ class Workload:
     params: ParamTable
     shape: Architecture | None
     plan: StagePlan
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def groups(self, stage: int) -> tuple[Group, ...]:
+        """Optimizer groups of a stage."""
+        return self._once(("groups", stage), lambda: self.params.groups(self.plan, stage))
+
+    def trained(self, stage: int) -> int:
+        """Elements that train in a stage."""
+        return sum(group.numel for group in self.groups(stage))
+
+    def _once(self, key: Any, compute: Callable[[], _T]) -> _T:
+        """A search asks for the same sums over all parameters thousands of times."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
     def footprints(self, setup: EngineSetup, batches: Sequence[Batch]) -> tuple[Footprint, ...]:
         """Footprint of every stage; one batch for each."""
@@ -97,13 +114,13 @@ class Workload:
 
     def footprint(self, setup: EngineSetup, batch: Batch, stage: int) -> Footprint:
         """Footprint of one stage."""
-        groups = self.params.groups(self.plan, stage)
-        device, host = self._states(setup, groups)
-        return self._with_moments(setup, batch, stage, groups, device, host)
+        groups = self.groups(stage)
+        device, host = self._once((setup, stage), lambda: self._states(setup, groups))
+        return self._with_moments(setup, batch, stage, groups, dict(device), dict(host))
 
     def model_states(self, setup: EngineSetup, stage: int) -> dict[str, int]:
         """Bytes by category that ``StageEngine.memory()`` reports in a stage, device and host together."""
-        device, host = self._states(setup, self.params.groups(self.plan, stage))
+        device, host = self._states(setup, self.groups(stage))
         return {name: device.get(name, 0) + host.get(name, 0) for name in CATEGORIES[:5]}
 
     # ---- what stays --------------------------------------------------------------------------------------------
@@ -139,7 +156,7 @@ class Workload:
         if setup.zero_stage == 3:
             shards = sum(shard_numel(numel, setup.world_size) for numel in trainable)
             return setup.element * (shards + self._persistent(setup)) + base
-        initial = self.params.groups(self.plan, 0)
+        initial = self.groups(0)
         grouped = sum(group.numel for group in initial)
         padded = sum(self._padded(setup, group.numel) for group in initial)
         return setup.element * (padded + sum(trainable) - grouped) + base
@@ -177,10 +194,15 @@ class Workload:
         device: dict[str, int],
         host: dict[str, int],
     ) -> Footprint:
-        numels = [group.numels for group in groups]
-        owned = owned_numel(numels, setup.flavour)
-        trained = sum(group.numel for group in groups)
-        lasting, on_host = _lasting_gradients(setup, numels)
+        owned, (lasting, on_host), copied = self._once(
+            ("gradients", setup, stage),
+            lambda: (
+                owned_numel([group.numels for group in groups], setup.flavour),
+                _lasting_gradients(setup, [group.numels for group in groups]),
+                _step_copy(setup, groups),
+            ),
+        )
+        trained = self.trained(stage)
         if on_host:
             host["gradients"] = on_host
         if lasting:
@@ -195,7 +217,7 @@ class Workload:
         backward = device | kept_low | {"gradients": device.get("gradients", 0) + complete, "buckets": buckets}
         step = device | {
             "gradients": device.get("gradients", 0) + complete,
-            "step": _step_copy(setup, groups),
+            "step": copied,
         }
         if setup.zero_stage == 3:
             forward["gathered"] = backward["gathered"] = gathered
@@ -232,7 +254,7 @@ class Workload:
 
     def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: Stage) -> list[float]:
         """Bytes per token of every block; nothing below where backward stops."""
-        trains = {param.component for param in self.params.trains(stage, self.plan.always_train)}
+        trains = self._components(stage)
         wholly = set(stage.trainable_blocks)
         reached = "embeddings" in trains
         kept = []
@@ -244,14 +266,21 @@ class Workload:
         return kept
 
     def _backward_reaches_embeddings(self, stage: int) -> bool:
-        trained = self.params.trains(self.plan.stages[stage], self.plan.always_train)
-        return any(param.component == "embeddings" for param in trained)
+        return "embeddings" in self._components(self.plan.stages[stage])
+
+    def _components(self, stage: Stage) -> frozenset[str | int]:
+        """Components that train at least partly."""
+        return self._once(
+            ("components", stage.index),
+            lambda: frozenset(p.component for p in self.params.trains(stage, self.plan.always_train)),
+        )
 
     def _gathered(self, setup: EngineSetup) -> int:
         """Whole ZeRO-3 weights at once: what reuse keeps, at least the largest module and what is fetched ahead."""
         if not _gathers(setup):
             return 0
-        sharded = [p.numel for p in self.params.params if p.numel > setup.persistence_threshold]
+        limit = setup.persistence_threshold
+        sharded = self._once(("sharded", limit), lambda: [p.numel for p in self.params.params if p.numel > limit])
         at_least = max(sharded, default=0) + setup.prefetch_bucket
         return setup.element * min(sum(sharded), max(at_least, setup.max_live))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 from progtuning_ds.errors import ConfigError
+from progtuning_ds.memory.architecture import Architecture
 from progtuning_ds.schedule import Stage, StagePlan
 
 
@@ -59,6 +60,18 @@ class ParamTable:
     def numel(self) -> int:
         """Elements of the whole model."""
         return sum(param.numel for param in self.params)
+
+    def with_adapters(self, shape: Architecture, rank: int) -> ParamTable:
+        """Return the table with everything frozen and LoRA adapters on every linear layer of the blocks.
+
+        A layer of ``m x n`` gets ``rank x (m + n)`` elements (arXiv 2106.09685).
+        """
+        attention, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        mlp = (3 if shape.mlp == "gated" else 2) * (shape.hidden + shape.intermediate)
+        ends = 2 * (shape.hidden + attention) + 2 * (shape.hidden + key) + mlp
+        base = tuple(replace(param, frozen=True) for param in self.params)
+        adapters = tuple(Param(f"adapters.{block}", rank * ends, block) for block in range(self.num_blocks))
+        return ParamTable(base + adapters, self.num_blocks)
 
     def trains(self, stage: Stage, always_train: tuple[str, ...] = ()) -> tuple[Param, ...]:
         """Return what trains in a stage, in model order; the rule of ``BlockMap.trainable_names``."""
