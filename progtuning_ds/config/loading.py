@@ -11,8 +11,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from progtuning_ds.config import files, problems
-from progtuning_ds.config.schema import DataConfig, RunConfig, TrainConfig
+from progtuning_ds.config.schema import DataConfig, MemoryConfig, RunConfig, TrainConfig
 from progtuning_ds.errors import ConfigError
+from progtuning_ds.memory import parse_bytes
 
 _ADAPTER = TypeAdapter(RunConfig)
 
@@ -39,6 +40,7 @@ def run_config(settings: Mapping[str, Any]) -> RunConfig:
         raise ConfigError("\n".join(problems.lines(error, RunConfig))) from error
     _check_data(config.data)
     _check_train(config.train)
+    _check_memory(config.memory)
     return config
 
 
@@ -97,4 +99,23 @@ def _check_train(train: TrainConfig) -> None:
         raise ConfigError(
             f"train.warmup_steps is {train.warmup_steps} and train.warmup_ratio is {train.warmup_ratio}; "
             "give one of them"
+        )
+
+
+def _check_memory(memory: MemoryConfig) -> None:
+    budget = None if memory.budget is None else parse_bytes("memory.budget", memory.budget)
+    reserve = parse_bytes("memory.reserve", memory.reserve) if memory.reserve else 0
+    if budget is not None and reserve >= budget:
+        raise ConfigError(f"memory.reserve must be below memory.budget {memory.budget!r}, got {memory.reserve!r}")
+    if memory.reinvest != "none" and budget is None:
+        raise ConfigError(f"memory.reinvest is {memory.reinvest} but memory.budget is not set; give one, such as 24GB")
+    if memory.reinvest == "micro_batch" and memory.micro_batch_sizes is not None:
+        raise ConfigError(
+            f"memory.reinvest is micro_batch and memory.micro_batch_sizes is {memory.micro_batch_sizes}; "
+            "give one of them"
+        )
+    if memory.reinvest == "unoffload" and memory.host_state == "none":
+        raise ConfigError(
+            "memory.reinvest is unoffload but memory.host_state is none; set it to lowest_part or all, "
+            "which is what moves back"
         )

@@ -157,6 +157,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class MemoryConfig:
+    """What a rank may use, and what is done with the memory that stages give back."""
+
+    budget: Text | Count | None = None
+    """Bytes of a rank's device, such as 24GB or 22GiB; a stage predicted to need more stops the run before it does."""
+    reserve: Text | CountOrZero | None = None
+    """Of the budget, for what is no tensor; by default 1GiB + 5% on GPUs, what the process has at start on CPUs."""
+    micro_batch_sizes: list[Count] | None = None
+    """Rows per rank and forward pass of each stage, as `progtuning plan` writes them; steps keep their rows."""
+    reinvest: Literal["none", "micro_batch", "unoffload"] = "none"
+    """What freed memory is for: a larger `micro_batch`, or to `unoffload` optimizer state; needs `budget`."""
+    host_state: Literal["none", "lowest_part", "all"] = "none"
+    """Moments that wait in host memory between steps: of the blocks that freeze first, or of everything."""
+    snapshot: Flag = False
+    """Write a PyTorch memory snapshot of each stage (CUDA); open it at pytorch.org/memory_viz."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class LoggingConfig:
     """What is shown and drawn. Records are always written."""
 
@@ -220,6 +238,7 @@ class RunConfig:
     """A preset's name, the path of a DeepSpeed JSON, or a DeepSpeed configuration written out."""
     output_dir: Text = "runs/run"
     """Run directory: config, records, plot, and the trained model in `final`."""
+    memory: MemoryConfig = Field(default_factory=MemoryConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)

@@ -7,6 +7,7 @@ from progtuning_ds.memory.activations import Kept, TokenCosts, token_costs
 from progtuning_ds.memory.architecture import ATTENTIONS, Architecture
 from progtuning_ds.memory.costs import CostModel
 from progtuning_ds.memory.footprint import CATEGORIES, MOMENTS, Footprint, Workload
+from progtuning_ds.memory.from_deepspeed import deepspeed_zero, setup_from_deepspeed
 from progtuning_ds.memory.parameters import Group, Param, ParamTable
 from progtuning_ds.memory.search import Budget, Choice, Failure, Outcome, Proposal, Remedy, Request, remedies, search
 from progtuning_ds.memory.setup import KERNELS, Batch, EngineSetup
@@ -37,12 +38,14 @@ __all__ = [
     "Request",
     "TokenCosts",
     "Workload",
+    "deepspeed_zero",
     "format_bytes",
     "gradient_bytes",
     "owned_numel",
     "parse_bytes",
     "remedies",
     "search",
+    "setup_from_deepspeed",
     "state_bytes",
     "token_costs",
 ]

@@ -185,3 +185,25 @@ def test_the_reference_explains_every_field() -> None:
         assert name.rpartition(".")[2] in text, name
     assert "None" not in text, "a field without a docstring"
     assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ({"budget": "24XB"}, "memory.budget must have one of the units"),
+        ({"budget": "a lot"}, "memory.budget must be a positive size such as 24GB"),
+        ({"budget": "1GB", "reserve": "2GB"}, "memory.reserve must be below memory.budget '1GB', got '2GB'"),
+        ({"reinvest": "micro_batch"}, "memory.reinvest is micro_batch but memory.budget is not set"),
+        (
+            {"reinvest": "micro_batch", "budget": "1GB", "micro_batch_sizes": [1, 2]},
+            "memory.micro_batch_sizes is [1, 2]; give one of them",
+        ),
+        ({"reinvest": "unoffload", "budget": "1GB"}, "memory.host_state is none"),
+        ({"reinvest": "microbatch"}, "did you mean 'micro_batch'?"),
+    ],
+)
+def test_a_wrong_memory_section_gets_one_line(memory: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run_config({"memory": memory})
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
