@@ -49,6 +49,35 @@ def test_options_and_other_adams_train_as_the_oracle(staged_runs: StagedRuns, na
     assert_agree(runs, oracle("bert", MODES["rotating"][0], 2, numerics, device), tolerance_for(numerics))
 
 
+def train_with_a_named_optimizer(flavour: str, kernel: str) -> Run:
+    from progtuning_ds.optim import register_optimizer
+
+    register_optimizer()
+    adam = {"lr": problem.BASE_LR, "betas": problem.BETAS, "eps": problem.EPS, "weight_decay": 0.0}
+    engine, stages = build_staged(
+        ALL[flavour],
+        shrinking(),
+        "plan",
+        options={"kernel": kernel},
+        optimizer={"type": "MaskedAdamW", "params": adam},
+        zero_allow_untested_optimizer=True,
+    )
+    run = Run()
+    for phase in shrinking():
+        run.losses += run_until(engine, stages, range(len(run.losses), len(run.losses) + phase.steps))
+        run.weights.append(weights(engine))
+    run.norms = [math.nan] * len(run.losses)
+    return run
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("zero2-fp32", "deepspeed"), ("zero3-fp32", "reference")])
+def test_a_deepspeed_json_may_name_the_optimizer(ranks: RankPools, name: str, kernel: str) -> None:
+    runs = ranks(2).run(train_with_a_named_optimizer, flavour=name, kernel=kernel)
+    numerics = ALL[name].numerics
+    device = "cuda" if has_gpu_each(2) else "cpu"
+    assert_agree(runs, oracle("bert", shrinking(), 2, numerics, device), tolerance_for(numerics))
+
+
 def train_with(kernel: str, flavour: str) -> dict[str, torch.Tensor]:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing else here does
     engine, stages = build_staged(ALL[flavour], shrinking(steps=1), "plan", options={"kernel": kernel})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 
+import deepspeed
 import torch
 
 from progtuning_ds.errors import did_you_mean
@@ -51,10 +52,13 @@ def take_over_step(adapter: Adapter, kernel: str) -> FusedStep | None:
     if lacks:
         logger.warning("Optimizer step: DeepSpeed's own (kernel='auto'), because %s", lacks)
         return None
-    step_class = Stage12Step if isinstance(adapter, Stage12Adapter) else Stage3Step
-    step = step_class(adapter, kernel)
+    step = _step_class(adapter)(adapter, kernel)
     logger.info("Optimizer step: fused, implementation %r (kernel=%r)", step.implementation, kernel)
     return step
+
+
+def _step_class(adapter: Adapter) -> type[FusedStep]:
+    return Stage12Step if isinstance(adapter, Stage12Adapter) else Stage3Step
 
 
 def _why_not(adapter: Adapter) -> str | None:
@@ -63,6 +67,9 @@ def _why_not(adapter: Adapter) -> str | None:
         return f"there is a fused step for ZeRO-1, 2 and 3, and none for {type(zero).__name__}"
     if getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False):
         return "with optimizer offload the host updates, with DeepSpeedCPUAdam"
+    missing = [name for name in _step_class(adapter).REQUIRED if not hasattr(zero, name)]
+    if missing:
+        return f"{type(zero).__name__} of DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}"
     if getattr(zero, "torch_autocast_gradscaler", None):
         return "torch.amp's GradScaler wants to call the optimizer itself"
     if any(master.dtype != torch.float32 for master in adapter.master_tensors()):

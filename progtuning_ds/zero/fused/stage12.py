@@ -17,6 +17,22 @@ _NO_MICRO_STEP = -1
 class Stage12Step(FusedStep):
     """Reads unflattened gradients, and writes this rank's share of the 16-bit weights in the same pass."""
 
+    REQUIRED = (
+        *FusedStep.REQUIRED,
+        "micro_step_id",
+        "averaged_gradients",
+        "free_grad_in_param_list",
+        "params_in_partition",
+        "params_not_in_partition",
+        "parallel_partitioned_bit16_groups",
+        "bit16_groups_flat",
+        "real_dp_process_group",
+        "nccl_start_alignment_factor",
+        "allgather_bucket_size",
+        "_update_model_bit16_weights",
+        "_lazy_init_hp_params_optimizer_state",
+    )
+
     def master_groups(self) -> list[MasterGroup]:
         groups = self.adapter.read_groups()
         return [self._master_group(index, group) for index, group in enumerate(groups)]
@@ -71,7 +87,8 @@ class Stage12Step(FusedStep):
             zero.free_grad_in_param_list(zero.params_not_in_partition[index])
             zero.free_grad_in_param_list(zero.params_in_partition[index])
             zero.averaged_gradients[index] = None
-            zero.all_grad_tensors[index] = None
+            if hasattr(zero, "all_grad_tensors"):  # since 0.17
+                zero.all_grad_tensors[index] = None
 
     def after(self) -> None:
         zero = self.wrapper

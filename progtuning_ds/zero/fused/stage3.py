@@ -10,6 +10,16 @@ from progtuning_ds.zero.fused.step import FusedStep, MasterGroup
 class Stage3Step(FusedStep):
     """One buffer per sub-group, all in one launch; the shards of the 16-bit weights are written in the same pass."""
 
+    REQUIRED = (
+        *FusedStep.REQUIRED,
+        "averaged_gradients",
+        "_pre_step",
+        "_partition_all_parameters",
+        "_overflow_clean_up",
+        "_unflatten_partitioned_parameters",
+        "_post_step",
+    )
+
     def master_groups(self) -> list[MasterGroup]:
         groups = []
         for sub in self.adapter.read_subgroups():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from deepspeed import comm as dist
@@ -44,6 +44,17 @@ class FusedStep(abc.ABC):
     A step with NaN or infinity in a gradient is skipped on all ranks, in every precision. What is masked takes no
     part in the norm either.
     """
+
+    REQUIRED: ClassVar[tuple[str, ...]] = (
+        "step",
+        "zero_grad",
+        "loss_scale",
+        "clip_grad",
+        "overflow",
+        "_update_scale",
+        "_global_grad_norm",
+    )
+    """Attributes of DeepSpeed's optimizer that the step relies on, beside those of the adapter."""
 
     def __init__(self, adapter: Adapter, kernel: str) -> None:
         self.adapter = adapter
