@@ -17,8 +17,9 @@ from progtuning_ds.engine import StageEngine
 from progtuning_ds.grouping import param_groups
 from progtuning_ds.optim import register_optimizer
 from progtuning_ds.train.job import Job
-from progtuning_ds.train.models import load_model
+from progtuning_ds.train.models import load_model, method_of
 from progtuning_ds.train.ranks import Ranks
+from progtuning_ds.zero.cpu_adam import forget_history
 
 
 @dataclass
@@ -51,7 +52,9 @@ def build(job: Job, ranks: Ranks) -> Built:
     register_optimizer()
     set_seed(job.config.train.seed)
     hf_deepspeed = HfDeepSpeedConfig(job.deepspeed) if job.zero_stage == 3 else None
-    model = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision)
+    model = load_model(
+        job.task.auto_class, job.config.model, job.shape, job.settings.precision, method_of(job.config.method)
+    )
     set_seed(job.config.train.seed + ranks.rank)
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -59,7 +62,9 @@ def build(job: Job, ranks: Ranks) -> Built:
         config=job.deepspeed,
         lr_scheduler=_scheduler(job),
     )
-    return Built(engine, StageEngine(engine, job.plan, job.blocks, kernel=job.config.optimizer.kernel), hf_deepspeed)
+    stages = StageEngine(engine, job.plan, job.blocks, kernel=job.config.optimizer.kernel)
+    forget_history(stages.adapter.torch_optimizer)
+    return Built(engine, stages, hf_deepspeed)
 
 
 def _scheduler(job: Job) -> Callable[[torch.optim.Optimizer], Any] | None:

@@ -11,6 +11,7 @@ from progtuning_ds.tasks import Batch
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.order import micro_batches
 from progtuning_ds.train.ranks import Ranks
+from progtuning_ds.train.signals import ignore_in_worker
 
 
 def step_batches(job: Job, ranks: Ranks, first_step: int = 0) -> Iterator[list[Batch]]:
@@ -24,6 +25,7 @@ def step_batches(job: Job, ranks: Ranks, first_step: int = 0) -> Iterator[list[B
             batch_sampler=[rows for step in mine for rows in step],
             collate_fn=job.task.collate,
             num_workers=job.config.data.num_workers,
+            worker_init_fn=ignore_in_worker,
             pin_memory=ranks.device.type != "cpu",
             # Its own generator: the loader draws from it, and dropout must not depend on who loads the data.
             generator=torch.Generator(),

@@ -12,11 +12,12 @@ from typing import NoReturn
 
 from progtuning_ds.config import RunConfig, load_run_config, reference
 from progtuning_ds.config.files import shipped_names
-from progtuning_ds.errors import ConfigError, UnsupportedDeepSpeedError, did_you_mean
+from progtuning_ds.errors import CheckpointError, ConfigError, UnsupportedDeepSpeedError, did_you_mean
+from progtuning_ds.train.outcome import CHECKPOINT, DONE, USER_ERROR, RunEndError
 from progtuning_ds.train.quiet import quiet_libraries
-from progtuning_ds.train.run_dir import check_run_dir
+from progtuning_ds.train.run_dir import NEVER, check_run_dir
 
-USER_ERROR = 2
+_EXPECTED = (ConfigError, CheckpointError, UnsupportedDeepSpeedError, RunEndError)
 
 _INTRO = """\
 Fine-tunes a pretrained Transformer in stages (Progtuning) on DeepSpeed.
@@ -24,6 +25,7 @@ Fine-tunes a pretrained Transformer in stages (Progtuning) on DeepSpeed.
   deepspeed launch/train.py --config demo
   deepspeed launch/train.py --config my.yaml train.epochs=2 schedule.num_stages=3 deepspeed=zero3
   deepspeed --module progtuning_ds.train --config my.yaml --compare
+  deepspeed launch/train.py --config my.yaml --resume auto       # go on where the run was, or start it
 """
 
 _EXAMPLE = """\
@@ -65,16 +67,16 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, argparse.Namesp
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code: 0, or 2 for a mistake of the user's."""
+    """Run the program; returns the exit code, one of those in `progtuning_ds.train.outcome`."""
     try:
         config, args = parse(argv)
-        check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite)
+        check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite, resume=args.resume)
         quiet_libraries(config.logging)
         _run(config, args)
-    except (ConfigError, UnsupportedDeepSpeedError) as error:
+    except _EXPECTED as error:
         _report(error)
-        return USER_ERROR
-    return 0
+        return _code(error)
+    return DONE
 
 
 def _run(config: RunConfig, args: argparse.Namespace) -> None:
@@ -82,11 +84,17 @@ def _run(config: RunConfig, args: argparse.Namespace) -> None:
     from progtuning_ds.train.ranks import leave_ranks
 
     try:
-        run_program(config, compare=args.compare, overwrite=args.overwrite)
-    except (ConfigError, UnsupportedDeepSpeedError):  # which all ranks raise together; a crash must not wait for them
+        run_program(config, compare=args.compare, overwrite=args.overwrite, resume=args.resume)
+    except _EXPECTED:  # which all ranks raise together; a crash must not wait for them
         leave_ranks()
         raise
     leave_ranks()
+
+
+def _code(error: Exception) -> int:
+    if isinstance(error, RunEndError):
+        return error.code
+    return CHECKPOINT if isinstance(error, CheckpointError) else USER_ERROR
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", action="store_true", help="also train without freezing, and print both side by side"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
+    parser.add_argument(
+        "--resume",
+        metavar="auto|never|DIR",
+        default=NEVER,
+        help="go on from the newest checkpoint in output_dir (auto), or from this one; never is the default",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher; the environment has it
     return parser
 
@@ -118,6 +132,8 @@ def _flag(text: str) -> bool:
 def _report(error: Exception) -> None:
     """Let rank 0 speak for all; another rank waits for it, and speaks only if the launcher lets it live."""
     rank = int(os.environ.get("RANK", "0"))
+    if rank and isinstance(error, RunEndError):
+        return
     if rank:
         time.sleep(5)
     for line in str(error).splitlines():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -13,10 +13,15 @@ from progtuning_ds.tasks import Batch
 from progtuning_ds.train.assembly import Built
 from progtuning_ds.train.batches import step_batches
 from progtuning_ds.train.evaluate import evaluate
+from progtuning_ds.train.guard import Guard, WatchedStep
 from progtuning_ds.train.job import Job
+from progtuning_ds.train.keeper import Keeper
 from progtuning_ds.train.observers import Observer
+from progtuning_ds.train.outcome import PreemptedError
+from progtuning_ds.train.position import Position, StageTotals
 from progtuning_ds.train.ranks import Ranks, memory_bytes
 from progtuning_ds.train.records import EvaluationRecord, StageRecord, StepRecord
+from progtuning_ds.train.signals import StopSignals
 
 STATE_CATEGORIES = ("master_weights", "exp_avg", "exp_avg_sq", "other_state")
 
@@ -31,16 +36,7 @@ class _Step:
     grad_norm: float | None
     seconds: float
     memory: int
-
-
-@dataclass
-class _StageTotals:
-    """What has gone into the current stage so far."""
-
-    stage: Stage
-    transition: StageTransition | None
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    skipped: bool
 
 
 class TrainingLoop:
@@ -51,33 +47,85 @@ class TrainingLoop:
         built: the engine to do it on.
         ranks: this process among the others.
         observer: told what happens on this rank.
+        keeper: saves the run.
+        signals: says when it has to stop.
+        position: where to begin; the engine must be there too. Kept up to date.
     """
 
-    def __init__(self, job: Job, built: Built, ranks: Ranks, observer: Observer) -> None:
+    def __init__(
+        self,
+        job: Job,
+        built: Built,
+        ranks: Ranks,
+        observer: Observer,
+        keeper: Keeper,
+        signals: StopSignals,
+        position: Position,
+    ) -> None:
         self.job = job
         self.built = built
         self.ranks = ranks
         self.observer = observer
+        self.keeper = keeper
+        self.signals = signals
+        self.position = position
+        self._guard = Guard(job.config.guard, job.settings.precision)
+        if position.guard:
+            self._guard.set_state(position.guard)
         self._pending: list[_Step] = []
-        self._totals = _StageTotals(job.plan.stages[0], None)
+        self._began = time.perf_counter() - position.seconds
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of the run up to now, earlier sessions included."""
+        return time.perf_counter() - self._began
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Train to the end and return the last metrics of every split. Collective."""
+        """Train to the end and return the last metrics of every split. Collective.
+
+        Raises:
+            PreemptedError: on all ranks, after a signal to any of them; the run is saved.
+            GuardError: on all ranks, if training has gone wrong.
+            CheckpointError: on all ranks, if the run cannot be saved.
+        """
+        position = self.position
         self.observer.run_started(self.job)
-        metrics: dict[str, dict[str, float]] = {}
         self.built.engine.train()
-        for step, batches in enumerate(step_batches(self.job, self.ranks)):
+        if not position.settled:
+            self._settle()
+        steps = range(position.done, self.job.plan.total_steps)
+        for step, batches in zip(steps, step_batches(self.job, self.ranks, position.done), strict=True):
             stage = self.job.plan.stage_at(step)
             transition = self.built.stages.advance(step)
             if step == stage.steps.start:
-                self._totals = _StageTotals(stage, transition)
+                position.stage = _totals(transition)
                 self.observer.stage_started(stage, transition)
             self._train_step(step, batches)
-            metrics |= self._after_step(step, stage)
-        return metrics
+            position.done, position.settled = step + 1, False
+            signal = self.signals.wanted()
+            if signal is not None:
+                self._save()
+                raise PreemptedError(
+                    f"stopped by {signal} after step {position.done} of {self.job.plan.total_steps}; the run is saved, "
+                    f"go on with the same command and --resume auto"
+                )
+            self._settle()
+            if self.keeper.due(position):
+                self._save()
+        return position.metrics
+
+    def _save(self) -> None:
+        if self._pending:
+            self._report_steps()  # a state that the guard has not seen is not saved
+        self.position.guard = self._guard.state()
+        self.position.seconds = self.seconds
+        record = self.keeper.save(self.built.stages, self.position)
+        if record is not None:
+            self.observer.saved(record)
 
     def _train_step(self, step: int, batches: list[Batch]) -> None:
         engine, began = self.built.engine, time.perf_counter()
+        skipped = engine.skipped_steps
         rate = float(engine.get_lr()[0])
         losses = []
         for batch in batches:
@@ -87,7 +135,7 @@ class TrainingLoop:
             engine.step()
             losses.append(loss.detach())
         seconds = time.perf_counter() - began
-        self._totals.seconds += seconds
+        self.position.stage.seconds += seconds
         norm = engine.get_global_grad_norm()
         self._pending.append(
             _Step(
@@ -97,27 +145,31 @@ class TrainingLoop:
                 grad_norm=None if norm is None else float(norm),
                 seconds=seconds,
                 memory=memory_bytes(self.ranks.device),
+                skipped=engine.skipped_steps > skipped,
             )
         )
 
-    def _after_step(self, step: int, stage: Stage) -> dict[str, dict[str, float]]:
-        job, done = self.job, step + 1
+    def _settle(self) -> None:
+        """Do what is due after the last step: progress, evaluation, the record of the stage."""
+        job, done = self.job, self.position.done
+        stage = job.plan.stage_at(done - 1)
         due = {
             "epoch": done % job.order.steps_per_epoch == 0,
             "stage": done == stage.steps.stop,
             "end": done == job.plan.total_steps,
         }
         reasons = tuple(name for name, is_due in due.items() if is_due)
-        if reasons or done % job.config.logging.steps == 0:
+        if self._pending and (reasons or done % job.config.logging.steps == 0):
             self._report_steps()
-        metrics: dict[str, dict[str, float]] = {}
         if reasons:
             splits = [name for name in job.task.evaluations if name != "test" or due["end"]]
-            metrics = {name: self._evaluate(step, name, reasons) for name in splits}
-            self._totals.metrics = metrics["validation"]
+            metrics = {name: self._evaluate(stage, name, reasons) for name in splits}
+            self.position.metrics |= metrics
+            self.position.evaluated = done
+            self.position.stage.metrics = metrics["validation"]
         if due["stage"]:
-            self._report_stage()
-        return metrics
+            self._report_stage(stage)
+        self.position.settled = True
 
     def _report_steps(self) -> None:
         losses = self.ranks.mean(torch.stack([entry.loss for entry in self._pending]))
@@ -126,7 +178,7 @@ class TrainingLoop:
             StepRecord(
                 step=entry.step,
                 epoch=(entry.step + 1) / self.job.order.steps_per_epoch,
-                stage=self._totals.stage.index,
+                stage=self.job.plan.stage_at(entry.step).index,
                 loss=loss,
                 learning_rate=entry.learning_rate,
                 grad_norm=entry.grad_norm,
@@ -136,18 +188,20 @@ class TrainingLoop:
             )
             for entry, loss in zip(self._pending, losses, strict=True)
         ]
+        watched = [WatchedStep(record, entry.skipped) for record, entry in zip(records, self._pending, strict=True)]
         self._pending.clear()
         self.observer.steps_done(records)
+        self._guard.check(watched)
 
-    def _evaluate(self, step: int, split: str, reasons: tuple[str, ...]) -> dict[str, float]:
-        began = time.perf_counter()
+    def _evaluate(self, stage: Stage, split: str, reasons: tuple[str, ...]) -> dict[str, float]:
+        began, done = time.perf_counter(), self.position.done
         rows = self.job.task.evaluations[split]
         size = self.job.settings.eval_batch_size
         metrics, _ = evaluate(self.job.task, self.built.engine, rows, self.ranks, size)
         record = EvaluationRecord(
-            step=step,
-            epoch=(step + 1) / self.job.order.steps_per_epoch,
-            stage=self._totals.stage.index,
+            step=done - 1,
+            epoch=done / self.job.order.steps_per_epoch,
+            stage=stage.index,
             split=split,
             reasons=reasons,
             rows=len(rows.rows),
@@ -157,11 +211,10 @@ class TrainingLoop:
         self.observer.evaluated(record)
         return metrics
 
-    def _report_stage(self) -> None:
-        totals, stage = self._totals, self._totals.stage
+    def _report_stage(self, stage: Stage) -> None:
+        totals = self.position.stage
         memory = self.built.stages.memory()
         state = sum(memory.get(category, 0) for category in STATE_CATEGORIES)
-        transition = totals.transition
         record = StageRecord(
             stage=stage.index,
             first_step=stage.steps.start,
@@ -171,11 +224,17 @@ class TrainingLoop:
             trainable_params=self.job.account.stages[stage.index].trainable_params,
             memory=memory,
             state_bytes_per_rank=tuple(self.ranks.gather(state)),
-            released_bytes=transition.released_bytes if transition else {},
-            moved_bytes=transition.moved_bytes if transition else 0,
-            transition_seconds=transition.seconds if transition else 0.0,
+            released_bytes=totals.released_bytes,
+            moved_bytes=totals.moved_bytes,
+            transition_seconds=totals.transition_seconds,
             seconds=totals.seconds,
             samples_per_second=len(stage.steps) * self.job.settings.global_batch_size / totals.seconds,
             metrics=totals.metrics,
         )
         self.observer.stage_finished(record)
+
+
+def _totals(transition: StageTransition | None) -> StageTotals:
+    if transition is None:
+        return StageTotals()
+    return StageTotals(dict(transition.released_bytes), transition.moved_bytes, transition.seconds)

@@ -7,7 +7,15 @@ from collections.abc import Iterable, Sequence
 from progtuning_ds.engine import StageTransition
 from progtuning_ds.schedule import Stage
 from progtuning_ds.train.job import Job
-from progtuning_ds.train.records import EvaluationRecord, RecordLog, RunRecord, StageRecord, StepRecord
+from progtuning_ds.train.records import (
+    CheckpointRecord,
+    EvaluationRecord,
+    RecordLog,
+    RunRecord,
+    SessionRecord,
+    StageRecord,
+    StepRecord,
+)
 
 
 class Observer:
@@ -15,6 +23,9 @@ class Observer:
 
     def run_started(self, job: Job) -> None:
         """The engine is built and training begins."""
+
+    def session_started(self, record: SessionRecord) -> None:
+        """These processes begin to train, from the start or from a checkpoint."""
 
     def stage_started(self, stage: Stage, transition: StageTransition | None) -> None:
         """A stage begins; its transition, if it needed one, is done."""
@@ -27,6 +38,9 @@ class Observer:
 
     def stage_finished(self, record: StageRecord) -> None:
         """A stage is over, evaluation included."""
+
+    def saved(self, record: CheckpointRecord) -> None:
+        """A checkpoint is complete."""
 
     def run_finished(self, record: RunRecord) -> None:
         """Training and evaluation are over and the model is saved."""
@@ -54,6 +68,14 @@ class Recorder(Observer):
         """Append it to stages.jsonl."""
         self._log.write(record)
 
+    def session_started(self, record: SessionRecord) -> None:
+        """Append it to sessions.jsonl."""
+        self._log.write(record)
+
+    def saved(self, record: CheckpointRecord) -> None:
+        """Append it to checkpoints.jsonl."""
+        self._log.write(record)
+
     def run_finished(self, record: RunRecord) -> None:
         """Write it to summary.json."""
         self._log.write(record)
@@ -69,6 +91,11 @@ class Observers(Observer):
         """Pass on."""
         for member in self._members:
             member.run_started(job)
+
+    def session_started(self, record: SessionRecord) -> None:
+        """Pass on."""
+        for member in self._members:
+            member.session_started(record)
 
     def stage_started(self, stage: Stage, transition: StageTransition | None) -> None:
         """Pass on."""
@@ -89,6 +116,11 @@ class Observers(Observer):
         """Pass on."""
         for member in self._members:
             member.stage_finished(record)
+
+    def saved(self, record: CheckpointRecord) -> None:
+        """Pass on."""
+        for member in self._members:
+            member.saved(record)
 
     def run_finished(self, record: RunRecord) -> None:
         """Pass on."""

@@ -82,11 +82,39 @@ class RunRecord:
     versions: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """A checkpoint after `step` optimizer steps; `seconds` is how long training waited for it."""
+
+    step: int
+    name: str
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """A process group that began to train: after `step` steps, from `checkpoint` or the beginning.
+
+    `reason` is `start`, `resume` or `rollback`; `message` says why it went back, or which checkpoints were damaged.
+    """
+
+    step: int
+    reason: str
+    checkpoint: str | None
+    world_size: int
+    zero_stage: int
+    lr_scale: float
+    message: str
+
+
 FILES = {
     StepRecord: "steps.jsonl",
     EvaluationRecord: "evaluations.jsonl",
     StageRecord: "stages.jsonl",
     RunRecord: "summary.json",
+    CheckpointRecord: "checkpoints.jsonl",
+    SessionRecord: "sessions.jsonl",
 }
 
 

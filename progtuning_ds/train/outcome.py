@@ -1,0 +1,30 @@
+"""How a run can end, and the exit code of each way. Standard library only."""
+
+from __future__ import annotations
+
+DONE = 0
+CRASHED = 1
+USER_ERROR = 2
+GUARD = 3
+CHECKPOINT = 4
+PEER_LOST = 5
+PREEMPTED = 75
+"""`EX_TEMPFAIL` of sysexits.h: try the same command again."""
+
+
+class RunEndError(Exception):
+    """A run ends early, on all ranks at the same step; the message is one line for the user."""
+
+    code = CRASHED
+
+
+class PreemptedError(RunEndError):
+    """A signal asked the run to stop; its state is saved."""
+
+    code = PREEMPTED
+
+
+class GuardStopError(RunEndError):
+    """Training has gone wrong; the message says what to look at."""
+
+    code = GUARD

@@ -1,0 +1,193 @@
+"""One job from start, or from a checkpoint, to its exported model. No deepspeed.runtime."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from progtuning_ds import __version__
+from progtuning_ds.checkpoint import Checkpoint
+from progtuning_ds.train import run_dir
+from progtuning_ds.train.assembly import Built, build
+from progtuning_ds.train.export import save_final
+from progtuning_ds.train.guard import GuardError
+from progtuning_ds.train.job import Job
+from progtuning_ds.train.keeper import Keeper
+from progtuning_ds.train.loop import TrainingLoop
+from progtuning_ds.train.observers import Observer, Observers, Recorder
+from progtuning_ds.train.outcome import GuardStopError
+from progtuning_ds.train.plots import draw_training
+from progtuning_ds.train.position import Position, rewind_records
+from progtuning_ds.train.progress import make_progress
+from progtuning_ds.train.ranks import Ranks
+from progtuning_ds.train.records import RecordLog, RunRecord, SessionRecord, StageRecord, read_records
+from progtuning_ds.train.signals import StopSignals
+from progtuning_ds.train.summary import print_summary
+from progtuning_ds.zero.hyper_state import scale_learning_rate
+
+
+class Session:
+    """Runs a job in its directory.
+
+    Args:
+        job: what to do.
+        ranks: this process among the others.
+        console: where to speak; silent but on the first rank.
+        signals: says when the run has to stop.
+    """
+
+    def __init__(self, job: Job, ranks: Ranks, console: Console, signals: StopSignals) -> None:
+        self.job = job
+        self.ranks = ranks
+        self.console = console
+        self.signals = signals
+        self.folder = Path(job.config.output_dir).expanduser()
+        self.keeper = Keeper(job, self.folder)
+
+    def run(self, resume: str) -> None:
+        """Train, export and sum up. Collective; see `run_program` for `resume` and for the errors."""
+        if resume == run_dir.AUTO and run_dir.is_complete(self.folder):
+            self._say(f"the {self.job.kind} run in {self.folder} is complete")
+            return
+        for line in describe(self.job):
+            self._say(line)
+        found, passed_over = (None, []) if resume == run_dir.NEVER else self.keeper.find(resume)
+        for line in passed_over:
+            self._say(f"warning: {line}")
+        if self.ranks.is_first:
+            run_dir.make_run_dir(self.folder, keep=found is not None)
+            run_dir.write_inputs(self.folder, self.job.config, self.job.deepspeed, self.job.plan)
+        observer = self._observer()
+        try:
+            record = self._train(observer, found, "; ".join(passed_over))
+            observer.run_finished(record)
+        finally:
+            observer.close()
+        if self.ranks.is_first:
+            self._sum_up()
+
+    def _train(self, observer: Observer, found: Checkpoint | None, message: str) -> RunRecord:
+        reason = "start" if found is None else "resume"
+        rollbacks = 0
+        while True:
+            built, position = self._build(found, rollbacks)
+            self._tell(observer, position, found, reason, message)
+            loop = TrainingLoop(self.job, built, self.ranks, observer, self.keeper, self.signals, position)
+            try:
+                metrics = loop.run()
+                save_final(built.module, self.job.tokenizer, self.folder / run_dir.FINAL, is_first=self.ranks.is_first)
+                return run_record(self.job, self.ranks, metrics, loop.seconds)
+            except GuardError as trip:
+                rollbacks = loop.position.rollbacks + 1
+                found, message, reason = self._way_back(trip, rollbacks), str(trip), "rollback"
+            finally:
+                built.close()
+
+    def _build(self, found: Checkpoint | None, rollbacks: int) -> tuple[Built, Position]:
+        built = build(self.job, self.ranks)
+        self._say(_who_steps(built.stages.kernel, self.job.config.optimizer.kernel))
+        position = Position() if found is None else self.keeper.load(built.stages, found)
+        position.rollbacks = max(position.rollbacks, rollbacks)
+        scale = self.job.config.guard.rollback_factor**position.rollbacks
+        if position.lr_scale != scale:
+            scale_learning_rate(built.stages.adapter, scale / position.lr_scale)
+            position.lr_scale = scale
+        return built, position
+
+    def _tell(
+        self, observer: Observer, position: Position, found: Checkpoint | None, reason: str, message: str
+    ) -> None:
+        if self.ranks.is_first:
+            rewind_records(self.folder, position)
+        if reason == "rollback":
+            self._say(f"warning: {message}")
+        if reason != "start":
+            total = self.job.plan.total_steps
+            at = f"from {found.folder}" if found is not None else "from the beginning"
+            rate = f", learning rate x {position.lr_scale:g}" if position.lr_scale != 1 else ""
+            self._say(f"{reason}: going on {at}, after step {position.done} of {total}{rate}")
+        name = None if found is None else str(found.folder)
+        world, zero = self.ranks.world_size, self.job.zero_stage
+        observer.session_started(SessionRecord(position.done, reason, name, world, zero, position.lr_scale, message))
+
+    def _way_back(self, trip: GuardError, rollbacks: int) -> Checkpoint | None:
+        """The checkpoint to go back to, or None for the beginning.
+
+        Raises:
+            GuardStopError: if the run shall stop instead.
+        """
+        guard = self.job.config.guard
+        if guard.action == "rollback" and rollbacks <= guard.max_rollbacks:
+            return self.keeper.find(run_dir.AUTO)[0]
+        steps = self.keeper.store.steps()
+        good = f"the checkpoint after step {steps[0]} is good" if steps else "there is no checkpoint yet"
+        tried = f" after {rollbacks - 1} rollback(s)" if rollbacks > 1 else ""
+        raise GuardStopError(f"{trip}; stopped{tried}, {good}")
+
+    def _observer(self) -> Observer:
+        if not self.ranks.is_first:
+            return Observer()
+        log = Recorder(RecordLog(self.folder))
+        return Observers([log, make_progress(self.job.config.logging.progress, self.console)])
+
+    def _sum_up(self) -> None:
+        run, stages = read_run(self.folder)
+        print_summary(self.console, run, stages)
+        if self.job.config.logging.plot:
+            draw_training(self.folder, self.folder / run_dir.PLOT)
+        self._say(f"model in {self.folder / run_dir.FINAL}, records in {self.folder}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(job: Job) -> list[str]:
+    """What is about to happen, for the user to check; one line each."""
+    settings, plan = job.settings, job.plan
+    return [
+        f"{job.kind}: {job.shape.model_type} with {len(job.blocks)} blocks, {job.counts.total:,} parameters, "
+        f"in {settings.precision}, ZeRO stage {job.zero_stage} on {settings.world_size} rank(s)",
+        *job.task.notes,
+        f"{plan.total_steps} steps in {len(plan.stages)} stage(s); {settings.global_batch_size} rows a step = "
+        f"{settings.micro_batch_size} x {settings.gradient_accumulation_steps} accumulated x "
+        f"{settings.world_size} rank(s); peak learning rate {settings.learning_rate:g}, "
+        f"{job.warmup_steps} steps of warm-up",
+    ]
+
+
+def _who_steps(kernel: str, asked: str) -> str:
+    who = {"deepspeed": "DeepSpeed's own", "triton": "fused, by Triton", "reference": "fused, in plain PyTorch"}
+    return f"optimizer step: {who.get(kernel, 'fused, by PyTorch for CPUs')} (optimizer.kernel: {asked})"
+
+
+def run_record(job: Job, ranks: Ranks, metrics: dict[str, dict[str, float]], seconds: float) -> RunRecord:
+    """Sum up a run that has ended well; `seconds` over all its sessions."""
+    total = job.account
+    libraries = ("torch", "deepspeed", "transformers", "datasets")
+    return RunRecord(
+        kind=job.kind,
+        world_size=ranks.world_size,
+        device=ranks.device.type,
+        zero_stage=job.zero_stage,
+        precision=job.settings.precision,
+        total_steps=job.plan.total_steps,
+        updated_params=total.updated_params,
+        updated_params_full=total.updated_params_full,
+        saving=total.saving,
+        seconds=seconds,
+        main_metric=job.task.main_metric,
+        metrics=metrics,
+        versions={
+            "progtuning_ds": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in libraries},
+        },
+    )
+
+
+def read_run(folder: Path) -> tuple[RunRecord, list[StageRecord]]:
+    """Read back what a complete run recorded of itself and of its stages."""
+    return read_records(folder, RunRecord)[-1], read_records(folder, StageRecord)
