@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +25,7 @@ app = typer.Typer(
 # Newer typers bring their own copy of click; the base of BadParameter is UsageError in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+_FIT = "Fit a budget"
 _PLAN_EXAMPLES = """\
 [bold]Examples[/bold]
 
@@ -31,6 +34,8 @@ _PLAN_EXAMPLES = """\
   progtuning plan --model ./llama/config.json --epochs 2 --stages 4 --embeddings never
 
   progtuning plan --model ./my-model --epochs 3 --stage-lengths 1,0.5,1.5 --json
+
+  progtuning plan --model ./llama --gpus 4 --memory 24GB --seq-len 1024 --global-batch 64 --output planned
 """
 
 
@@ -76,7 +81,13 @@ def _plan(
     model: Annotated[
         str, typer.Option(help="Folder with a config.json, the file itself, or a hub id. No weights are read.")
     ],
-    epochs: Annotated[str, typer.Option(help="Length of the run in epochs; fractions such as 2.5 are fine.")],
+    epochs: Annotated[
+        str | None,
+        typer.Option(
+            help="Length of the run in epochs; fractions such as 2.5 are fine.",
+            show_default="3 with --gpus, else required",
+        ),
+    ] = None,
     stages: Annotated[
         int | None, typer.Option(help="Number of stages T.", show_default="one per epoch, or per stage length")
     ] = None,
@@ -107,25 +118,83 @@ def _plan(
         typer.Option(help="Pattern of parameter names that train in every stage, such as '*LayerNorm*'; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+    gpus: Annotated[int | None, typer.Option(help="GPUs to fit the run on, 1 to 1024.", rich_help_panel=_FIT)] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of each GPU, such as 24GB (10^9) or 80GiB (2^30).", rich_help_panel=_FIT)
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens per row.", show_default="512, or what the model can read", rich_help_panel=_FIT),
+    ] = None,
+    global_batch: Annotated[
+        int | None,
+        typer.Option(help="Rows per optimizer step.", show_default="32, or one per GPU", rich_help_panel=_FIT),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="bf16, fp16 or fp32.", rich_help_panel=_FIT)] = "bf16",
+    attention: Annotated[str, typer.Option(help="eager, sdpa or flash.", rich_help_panel=_FIT)] = "sdpa",
+    kernel: Annotated[
+        str, typer.Option(help="Optimizer step: deepspeed, fused, or any of them.", rich_help_panel=_FIT)
+    ] = "any",
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="Host memory per GPU, for offload.", show_default="no limit", rich_help_panel=_FIT),
+    ] = None,
+    reserve: Annotated[
+        str | None,
+        typer.Option(help="Of each GPU, for what is no tensor.", show_default="1GiB + 5%", rich_help_panel=_FIT),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for run.yaml, deepspeed.json, plan.json and memory.png.", rich_help_panel=_FIT),
+    ] = None,
+) -> int:
     """Show which blocks train in which stage, how many parameters each stage updates, and what the run saves.
+
+    With --gpus and --memory, also find the cheapest configuration that fits every stage; exit code 1 if none does.
 
     Works from a config.json alone: the model is built without weights, in seconds even at 70B parameters.
     """
     from progtuning_ds.cli.plan import PlanRequest, make_report, print_json, print_table
 
-    report = make_report(
-        PlanRequest(
-            model=model,
-            epochs=epochs,
-            stages=stages,
-            embeddings=embeddings,
-            stage_lengths=stage_lengths,
-            length_unit=length_unit,
-            head=head,
-            num_labels=num_labels,
-            blocks=blocks,
-            always_train=tuple(always_train or ()),
-        )
+    if (gpus is None) != (memory is None):
+        given, missing = ("--gpus", "--memory") if memory is None else ("--memory", "--gpus")
+        raise ConfigError(f"{missing} must be given together with {given}, such as --gpus 4 --memory 24GB")
+    if gpus is None and output is not None:
+        raise ConfigError("--output needs --gpus and --memory, such as --gpus 4 --memory 24GB")
+    if epochs is None and gpus is None:
+        raise ConfigError("Missing option '--epochs'.")
+    asked = PlanRequest(
+        model=model,
+        epochs=epochs or "3",
+        stages=stages,
+        embeddings=embeddings,
+        stage_lengths=stage_lengths,
+        length_unit=length_unit,
+        head=head,
+        num_labels=num_labels,
+        blocks=blocks,
+        always_train=tuple(always_train or ()),
     )
-    (print_json if as_json else print_table)(report)
+    report = make_report(asked)
+    if gpus is None or memory is None:
+        (print_json if as_json else print_table)(report)
+        return 0
+    from progtuning_ds.cli.fit import FitRequest, make_fit
+    from progtuning_ds.cli.fit_show import fit_content, print_fit
+
+    fit = make_fit(
+        report,
+        FitRequest(gpus, memory, seq_len, global_batch, precision, attention, host_memory, reserve, kernel),
+    )
+    if as_json:
+        typer.echo(json.dumps(fit_content(fit), indent=2))
+    else:
+        print_table(report)
+        print_fit(fit)
+    if output is not None:
+        from progtuning_ds.cli.fit_files import write_fit
+
+        written = write_fit(fit, asked, output)
+        if not as_json:
+            typer.echo(f"Written: {', '.join(str(path) for path in written)}")
+    return 0 if fit.outcome.proposal else 1

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import transformers
 import typer
@@ -18,6 +19,8 @@ from progtuning_ds.accounting import ComponentCounts, RunAccount, account
 from progtuning_ds.blocks import component_counts, discover_blocks
 from progtuning_ds.cli.skeleton import HEADS, build_skeleton, choose_head, load_config
 from progtuning_ds.errors import ConfigError, require_choice
+from progtuning_ds.memory import Workload
+from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import EMBEDDINGS, StagePlan, plan_stages
 
 _LENGTH_UNITS = ("epochs", "fractions")
@@ -50,6 +53,10 @@ class PlanReport:
     counts: ComponentCounts
     plan: StagePlan
     run: RunAccount
+    workload: Workload
+    model_type: str
+    max_positions: int | None
+    """Longest sequence the model can read, None where it sets no limit."""
 
 
 def make_report(request: PlanRequest) -> PlanReport:
@@ -88,24 +95,22 @@ def make_report(request: PlanRequest) -> PlanReport:
         counts=counts,
         plan=plan,
         run=account(counts, plan, steps_per_epoch),
+        workload=Workload(param_table(model, blocks), architecture(model, blocks), plan),
+        model_type=config.get_text_config().model_type,
+        max_positions=getattr(config.get_text_config(), "max_position_embeddings", None),
     )
 
 
 def print_json(report: PlanReport) -> None:
     """Print the report as JSON on stdout."""
+    typer.echo(json.dumps(report_content(report), indent=2))
+
+
+def report_content(report: PlanReport) -> dict[str, Any]:
+    """What the JSON says."""
     plan, run = report.plan, report.run
-    stages = [
-        {
-            "index": stage.index,
-            "trainable_blocks": list(stage.trainable_blocks),
-            "embeddings": stage.embeddings,
-            "trainable_params": cost.trainable_params,
-            "epochs": _number(cost.epochs),
-            "updated_params": _number(cost.updated_params),
-        }
-        for stage, cost in zip(plan.stages, run.stages, strict=True)
-    ]
-    content = {
+    stages = _stages_content(plan, run)
+    return {
         "model": report.model,
         "architecture": report.architecture,
         "head": report.head,
@@ -122,7 +127,20 @@ def print_json(report: PlanReport) -> None:
         "updated_params_full": run.updated_params_full,
         "saving": run.saving,
     }
-    typer.echo(json.dumps(content, indent=2))
+
+
+def _stages_content(plan: StagePlan, run: RunAccount) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": stage.index,
+            "trainable_blocks": list(stage.trainable_blocks),
+            "embeddings": stage.embeddings,
+            "trainable_params": cost.trainable_params,
+            "epochs": _number(cost.epochs),
+            "updated_params": _number(cost.updated_params),
+        }
+        for stage, cost in zip(plan.stages, run.stages, strict=True)
+    ]
 
 
 def print_table(report: PlanReport) -> None:

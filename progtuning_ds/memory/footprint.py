@@ -194,22 +194,23 @@ class Workload:
         device: dict[str, int],
         host: dict[str, int],
     ) -> Footprint:
-        owned, (lasting, on_host), copied = self._once(
+        owned, (lasting, on_host), copied, largest = self._once(
             ("gradients", setup, stage),
             lambda: (
                 owned_numel([group.numels for group in groups], setup.flavour),
                 _lasting_gradients(setup, [group.numels for group in groups]),
                 _step_copy(setup, groups),
+                max(max(group.numels) for group in groups),
             ),
         )
         trained = self.trained(stage)
         if on_host:
-            host["gradients"] = on_host
+            host["gradients"] = on_host + _staging(setup, batch, owned, largest)
         if lasting:
             device["gradients"] = lasting
         arriving, complete = _step_gradients(setup, owned, trained)
         passing, kept_low = self._activations(setup, batch, stage)
-        buckets = _bucket_bytes(setup, trained)
+        buckets = _bucket_bytes(setup, largest)
         gathered = self._gathered(setup)
         held = arriving if batch.accumulation == 1 else complete
         forward = device | passing
@@ -306,10 +307,20 @@ def _step_gradients(setup: EngineSetup, owned: int, trained: int) -> tuple[int, 
     return 0, setup.element * trained
 
 
-def _bucket_bytes(setup: EngineSetup, trained: int) -> int:
+def _bucket_bytes(setup: EngineSetup, largest: int) -> int:
     if setup.zero_stage == 0:
         return 0
-    return setup.element * setup.reduce_bucket * (2 if setup.overlap_comm and setup.zero_stage < 3 else 1)
+    buckets = setup.element * setup.reduce_bucket * (2 if setup.overlap_comm and setup.zero_stage < 3 else 1)
+    # With offload below ZeRO-3 a gradient passes through a buffer as large as the largest.
+    passage = setup.element * largest if setup.offload_optimizer and setup.zero_stage < 3 else 0
+    return buckets + passage
+
+
+def _staging(setup: EngineSetup, batch: Batch, owned: int, largest: int) -> int:
+    """Host buffers of ZeRO-1 and 2 with offload: updated weights on their way up, gradients that accumulate."""
+    if setup.zero_stage == 3:
+        return 0
+    return setup.element * (owned + (owned if batch.accumulation > 1 else 0) + largest)
 
 
 def _step_copy(setup: EngineSetup, groups: Sequence[Group]) -> int:

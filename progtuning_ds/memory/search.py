@@ -165,7 +165,7 @@ def choices(kernels: Sequence[str] = ("deepspeed",)) -> tuple[Choice, ...]:
 def setup_of(choice: Choice, load: Workload, request: Request) -> EngineSetup:
     """The engine of a choice, with the bucket sizes that the written DeepSpeed JSON has."""
     hidden = load.shape.hidden if load.shape else 4096
-    return EngineSetup(
+    setup = EngineSetup(
         zero_stage=choice.zero_stage,
         world_size=request.gpus,
         precision=request.precision,
@@ -173,8 +173,15 @@ def setup_of(choice: Choice, load: Workload, request: Request) -> EngineSetup:
         offload_param=choice.offload_param,
         kernel=choice.kernel,
         frozen_bits=request.frozen_bits,
-        reduce_bucket=bucket_numel(hidden),
         overlap_comm=choice.zero_stage in (1, 2),
+    )
+    if choice.zero_stage == 0:
+        return setup
+    setup = replace(setup, reduce_bucket=bucket_numel(hidden))
+    if choice.zero_stage < 3:
+        return setup
+    return replace(
+        setup,
         prefetch_bucket=int(0.9 * bucket_numel(hidden)),
         persistence_threshold=10 * hidden,
         max_live=live_numel(load),

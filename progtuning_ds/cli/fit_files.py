@@ -1,0 +1,121 @@
+"""Owns the files of a fit: run configuration, DeepSpeed JSON, report and plot. No torch, no deepspeed."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from progtuning_ds.cli.fit import Fit
+from progtuning_ds.cli.fit_show import fit_content
+from progtuning_ds.cli.plan import PlanRequest
+from progtuning_ds.config import Hardware, RunConfig, load_deepspeed, project, run_config, save_run_config, settle
+from progtuning_ds.errors import ConfigError
+from progtuning_ds.memory import Proposal, deepspeed_zero
+from progtuning_ds.train.memory_plot import draw_stages
+
+RUN, DEEPSPEED, PLAN, PLOT = "run.yaml", "deepspeed.json", "plan.json", "memory.png"
+
+
+def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
+    """Write the run that fits to a folder; without one, only the report.
+
+    Raises:
+        ConfigError: if the run has no whole number of epochs, which training needs.
+    """
+    written = [folder / PLAN]
+    proposal = fit.outcome.proposal
+    config = run_config_of(fit, asked, proposal) if proposal else None
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN).write_text(json.dumps(fit_content(fit), indent=2) + "\n")
+    if config is None or proposal is None:
+        return written
+    save_run_config(config, folder / RUN)
+    (folder / DEEPSPEED).write_text(json.dumps(complete_deepspeed(fit, config), indent=2) + "\n")
+    draw_stages(
+        folder / PLOT,
+        [stage.footprint.device for stage in proposal.stages],
+        [
+            f"stage {index + 1}\n{stage.micro_batch} x {stage.accumulation} rows"
+            for index, stage in enumerate(proposal.stages)
+        ],
+        title=f"{fit.report.architecture} on {fit.request.gpus} GPU(s): {proposal.choice}",
+        budget=fit.request.budget.device,
+        reserve=fit.request.budget.reserve,
+    )
+    return [*written, folder / RUN, folder / DEEPSPEED, folder / PLOT]
+
+
+def run_config_of(fit: Fit, asked: PlanRequest, proposal: Proposal) -> RunConfig:
+    """The run configuration of a proposal; data and columns of the task are left to the user."""
+    micro = [stage.micro_batch for stage in proposal.stages]
+    request = fit.request
+    return run_config(
+        {
+            "model": {
+                "path": asked.model,
+                "num_labels": asked.num_labels,
+                "attn_implementation": {"flash": "flash_attention_2"}.get(request.attention, request.attention),
+                "gradient_checkpointing": proposal.choice.checkpointing,
+                "blocks": asked.blocks,
+            },
+            "task": {"max_length": request.seq_len},
+            "schedule": {
+                "num_stages": len(proposal.stages),
+                "embeddings": asked.embeddings,
+                "stage_lengths": _lengths(asked),
+                "length_unit": asked.length_unit,
+                "always_train": list(asked.always_train),
+            },
+            "train": {
+                "epochs": _whole_epochs(asked.epochs),
+                "global_batch_size": request.global_batch,
+                "micro_batch_size": micro[0],
+                "precision": request.precision,
+            },
+            "optimizer": {"kernel": "auto" if proposal.choice.kernel == "fused" else "deepspeed"},
+            "deepspeed": _deepspeed(proposal),
+            "memory": {
+                "budget": request.budget.device,
+                "reserve": request.budget.reserve,
+                "micro_batch_sizes": micro if len(set(micro)) > 1 else None,
+            },
+            "output_dir": "runs/planned",
+        }
+    )
+
+
+def complete_deepspeed(fit: Fit, config: RunConfig) -> dict[str, Any]:
+    """The JSON that DeepSpeed gets in the first stage, nothing left to fill in."""
+    source = load_deepspeed(config.deepspeed)
+    settings = settle(config, source, Hardware(fit.request.gpus, "cuda", bf16=True, fp16=True))
+    hidden = fit.report.workload.shape.hidden if fit.report.workload.shape else None
+    return project(config, source, settings, total_steps=1, warmup_steps=0, hidden_size=hidden)
+
+
+def _deepspeed(proposal: Proposal) -> dict[str, Any]:
+    auto = dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")
+    # Offload insists on DeepSpeed's own CPU Adam; elsewhere PyTorch's fused one needs no compiler.
+    own = {} if proposal.choice.offload_optimizer else {"torch_adam": True, "fused": True}
+    return {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": auto | own},
+        "zero_optimization": deepspeed_zero(proposal.setup),
+        "steps_per_print": 2000,
+    }
+
+
+def _whole_epochs(text: str) -> int:
+    if not text.strip().isdecimal():
+        raise ConfigError(f"epochs must be a whole number where a run configuration is written, got {text!r}")
+    return int(text)
+
+
+def _lengths(asked: PlanRequest) -> list[float] | None:
+    return [float(Fraction(item)) for item in asked.stage_lengths.split(",")] if asked.stage_lengths else None
