@@ -149,6 +149,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class MethodConfig:
+    """What trains in the blocks that the schedule names: all of it, or a parameter-efficient part or addition."""
+
+    kind: Literal["full", "lora", "dora", "rslora", "ia3", "adapter", "bitfit", "layernorm"] = "full"
+    """LoRA and its kin and IA3 by PEFT, bottleneck adapters, biases (BitFit), normalization layers, or everything."""
+    rank: Count = 8
+    """Rank of LoRA's matrices."""
+    alpha: Positive = 16.0
+    """LoRA's scale: updates count alpha / rank times."""
+    dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.0
+    """Dropout on the input of LoRA's matrices."""
+    targets: list[Text] = Field(default_factory=list)
+    """Layers that get a method's parameters; by default the usual ones, `all-linear` for every linear layer."""
+    placement: Literal["houlsby", "pfeiffer"] = "houlsby"
+    """Adapters after attention and feed-forward, or after feed-forward alone."""
+    reduction: Count = 16
+    """Width of the model over width of an adapter's bottleneck."""
+    train_head: Flag = True
+    """Train the head of the task too."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the frozen base is stored, by bitsandbytes; `nf4` with LoRA is QLoRA."""
+    double_quant: Flag = True
+    """Quantize the scales of nf4 as well."""
+    merge: Flag = False
+    """Save LoRA's or IA3's result merged into the model as well, in `merged`."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class OptimizerConfig:
     """Who does the optimizer step. Its numbers are in `train`, or in the DeepSpeed JSON."""
 
@@ -233,6 +261,7 @@ class RunConfig:
     task: ClassificationConfig = Field(default_factory=ClassificationConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     deepspeed: Annotated[str, Field(min_length=1, strict=True)] | dict[str, Any] = "zero2"
     """A preset's name, the path of a DeepSpeed JSON, or a DeepSpeed configuration written out."""

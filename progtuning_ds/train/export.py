@@ -8,9 +8,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from progtuning_ds.methods.bottleneck import bottleneck_state, save_bottlenecks
+
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_first: bool) -> None:
     """Save weights as safetensors, with configuration and tokenizer, so that `from_pretrained` loads them.
+
+    What PEFT has wrapped is saved in PEFT's format, for `PeftModel.from_pretrained` on the base model; bottleneck
+    adapters likewise, for `progtuning_ds.methods.load_bottlenecks`.
 
     Collective: under ZeRO-3 every rank takes part in gathering the weights. Only the first rank writes.
 
@@ -22,7 +27,11 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     """
     state = full_state_dict(model, keep=is_first)
     if is_first:
-        model.save_pretrained(folder, state_dict=state)
+        adapters = getattr(model, "bottleneck_config", None)
+        if adapters is None:
+            model.save_pretrained(folder, state_dict=state)
+        else:
+            save_bottlenecks({name: state[name] for name in bottleneck_state(model, adapters)}, adapters, folder)
         tokenizer.save_pretrained(folder)
 
 

@@ -6,6 +6,7 @@ Whatever can be wrong with a configuration, the data or the schedule is found he
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -22,6 +23,9 @@ from progtuning_ds.config import (
     settle,
     settle_warmup,
 )
+from progtuning_ds.memory import Architecture, ParamTable, Workload
+from progtuning_ds.methods import blocks_path
+from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
 from progtuning_ds.tasks import Task, build_task
 from progtuning_ds.train import models
@@ -41,6 +45,9 @@ class Job:
     order: RowOrder
     blocks: BlockMap
     counts: ComponentCounts
+    params: ParamTable
+    architecture: Architecture | None
+    """Of a block, where the model's configuration tells it."""
     plan: StagePlan
     warmup_steps: int
     deepspeed: dict[str, Any]
@@ -52,6 +59,11 @@ class Job:
     def kind(self) -> str:
         """What to call the run in a table."""
         return "progtuning" if self.config.schedule.enabled else "full fine-tuning"
+
+    @cached_property
+    def workload(self) -> Workload:
+        """The run as the model of memory sees it."""
+        return Workload(self.params, self.architecture, self.plan)
 
     @property
     def account(self) -> RunAccount:
@@ -86,8 +98,8 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         seed=config.train.seed,
         lengths=task.train.lengths if config.train.group_by_length else None,
     )
-    empty = models.empty_model(task.auto_class, config.model, shape)
-    blocks = discover_blocks(empty, path=config.model.blocks)
+    empty = models.empty_model(task.auto_class, config.model, shape, models.method_of(config.method))
+    blocks = discover_blocks(empty, path=blocks_path(empty, config.model.blocks))
     plan = make_plan(config.schedule, len(blocks), epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch)
     warmup_steps = settle_warmup(config.train, source, plan.total_steps)
     return Job(
@@ -99,6 +111,8 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         order=order,
         blocks=blocks,
         counts=component_counts(empty, blocks, always_train=plan.always_train),
+        params=param_table(empty, blocks),
+        architecture=architecture(empty, blocks),
         plan=plan,
         warmup_steps=warmup_steps,
         deepspeed=project(

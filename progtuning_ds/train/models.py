@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from progtuning_ds.config import ModelConfig
+from progtuning_ds.config import MethodConfig, ModelConfig
 from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.methods import Method, apply_method, quantized_loading
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,21 +71,34 @@ def load_tokenizer(model: ModelConfig, shape: PreTrainedConfig) -> PreTrainedTok
     return tokenizer
 
 
-def empty_model(auto_class: Any, model: ModelConfig, shape: PreTrainedConfig) -> PreTrainedModel:
+def method_of(config: MethodConfig) -> Method:
+    """Return the method that a section of the run configuration describes."""
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(Method)}
+    return Method(**fields)
+
+
+def empty_model(
+    auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, method: Method | None = None
+) -> PreTrainedModel:
     """Build the model on the meta device: names and shapes without memory.
 
     Raises:
-        ConfigError: if there is no such model with this head or attention.
+        ConfigError: if there is no such model with this head or attention, or the method does not fit it.
     """
     attention = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     try:
         with torch.device("meta"):
-            return auto_class.from_config(shape, **attention)
+            empty = auto_class.from_config(shape, **attention)
+            return apply_method(empty, method, blocks_path=model.blocks) if method else empty
+    except ConfigError:
+        raise
     except (ValueError, ImportError) as error:
         raise ConfigError(f"model: cannot build {shape.model_type}: {_first_line(error)}") from error
 
 
-def load_model(auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, precision: str) -> PreTrainedModel:
+def load_model(
+    auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, precision: str, method: Method | None = None
+) -> PreTrainedModel:
     """Load the weights. Under ZeRO-3, with an `HfDeepSpeedConfig` alive, they are partitioned as they are read.
 
     Args:
@@ -91,6 +106,7 @@ def load_model(auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, pre
         model: the section of the run configuration.
         shape: the model's configuration, with what the task sets.
         precision: `fp32`, `bf16` or `fp16`.
+        method: what trains; all of it by default.
     """
     attention = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
     loaded = auto_class.from_pretrained(
@@ -100,7 +116,10 @@ def load_model(auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, pre
         # A head for other classes, as of a model tuned on another task, is replaced by a new one.
         ignore_mismatched_sizes=True,
         **attention,
+        **quantized_loading(method, DTYPES[precision]),
     )
+    if method is not None:
+        loaded = apply_method(loaded, method, blocks_path=model.blocks)
     if model.gradient_checkpointing:
         # Reentrant checkpointing would need inputs that require grad, which frozen embeddings do not give.
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -7,10 +7,19 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.engine.flavours import CORE, FLAVOURS
 from tests.engine.ranks_train import MODES, StagedRun, train_staged
 from tests.ranks import RankPools
 
 StagedRuns = Callable[..., list[StagedRun]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Unplanned changes under flavours that share all their code with one in ``CORE`` are for the slow lane."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("mode") == "rotating" and params.get("name") in FLAVOURS.keys() - set(CORE):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ class Flavour:
         return {
             "train_micro_batch_size_per_gpu": problem.MICRO_BATCH,
             "gradient_accumulation_steps": problem.ACCUMULATION,
-            "gradient_clipping": problem.CLIP[kind],
+            "gradient_clipping": problem.clip(kind),
             "optimizer": {"type": "AdamW", "params": adam | self.optimizer},
             "zero_optimization": dict(self.zero),
             "bf16": {"enabled": self.numerics.weights == torch.bfloat16},
@@ -100,6 +100,9 @@ FLAVOURS = _by_name(
     Flavour("zero3-offload-fp32", THREE | OFFLOAD, ZERO_3, SINGLE_3, optimizer=DEEPSPEED_ADAM),
     Flavour("zero3-offload-bf16", THREE | OFFLOAD, ZERO_3, EVERY_3, optimizer=DEEPSPEED_ADAM),
 )
+
+# One for each way of holding state: the others differ from one of these in precision or in DeepSpeed's code alone.
+CORE = ("zero0-bf16", "zero1-fp32", "bf16-optimizer", "zero2-bf16", "zero2-offload-fp32", "zero3-fp32", "zero3-bf16")
 
 # Options of ZeRO that change which of its code paths run.
 VARIANTS = _by_name(

@@ -19,6 +19,14 @@ SEQUENCE = 8
 MICRO_BATCH = 2
 ACCUMULATION = 2
 CLIP = {"bert": 0.2, "llama": 1.3, "wide": 1.0}  # some steps are clipped and some are not
+
+
+def clip(kind: str) -> float:
+    """The norm to clip at."""
+    base, _, method = kind.partition("+")
+    return CLIP[base] / (10 if method else 1)
+
+
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.999)
 # As RoBERTa has it. With 1e-8, Adam blows the rounding noise of zero gradients up to full steps (a key's bias has
@@ -35,6 +43,7 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Modul
 
     ``"wide"`` is the BERT at 19 million parameters, whose buffers are large enough to be seen from outside.
     """
+    kind, _, method = kind.partition("+")
     transformers = import_transformers()
     sizes = {
         "vocab_size": VOCAB,
@@ -57,7 +66,22 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Modul
             )
         else:
             raise ValueError(f"kind must be 'bert', 'wide' or 'llama', got {kind!r}")
-    return model.to(dtype)
+        return with_method(model.to(dtype), method)
+
+
+def with_method(model: torch.nn.Module, method: str) -> torch.nn.Module:
+    """The model as a fine-tuning method changes it: part of the problem, so that both sides train the same."""
+    if not method:
+        return model
+    from progtuning_ds.methods import Method, apply_method
+
+    model = apply_method(model, Method(kind=method, rank=4, reduction=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Low-rank and bottleneck updates begin at zero, and half of their gradients with them.
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
 
 
 @functools.cache
@@ -78,7 +102,7 @@ def batch(kind: str, step: int, micro: int, rank: int) -> dict[str, torch.Tensor
     ids = torch.randint(1, VOCAB, (MICRO_BATCH, SEQUENCE), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, SEQUENCE - 1 - step % 3 :] = 0
-    if kind != "llama":
+    if not kind.startswith("llama"):
         labels = torch.randint(0, 3, (MICRO_BATCH,), generator=generator)
     else:
         labels = ids.masked_fill(mask == 0, -100)

@@ -68,15 +68,16 @@ def train(kind: str, phases: tuple[Phase, ...], world_size: int, numerics: Numer
     if numerics.wraps_modules:
         wrap_modules(model)
     parameters = dict(model.named_parameters())
+    may_train = {n for n, p in parameters.items() if p.requires_grad}
     states: dict[str, Moments] = {}
     run = Run()
     ends = {sum(phase.steps for phase in phases[: i + 1]) - 1 for i in range(len(phases))}
     for step in range(sum(phase.steps for phase in phases)):
-        trainable = {n: p for n, p in parameters.items() if phase_at(phases, step).trains(n)}
+        trainable = {n: p for n, p in parameters.items() if n in may_train and phase_at(phases, step).trains(n)}
         retarget(states, trainable, numerics, first=step == 0)
         losses, gradients = averaged_gradients(model, trainable, kind, step, world_size, numerics)
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients.values()))
-        clip = min(1.0, problem.CLIP[kind] / (norm + 1e-6))
+        clip = min(1.0, problem.clip(kind) / (norm + 1e-6))
         for name, parameter in trainable.items():
             lr = problem.BASE_LR * problem.lr_factor(step)
             decay = problem.WEIGHT_DECAY if problem.decays(parameter) else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import pytest
@@ -79,7 +78,6 @@ def test_a_deepspeed_json_may_name_the_optimizer(ranks: RankPools, name: str, ke
 
 
 def train_with(kernel: str, flavour: str) -> dict[str, torch.Tensor]:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, which nothing else here does
     engine, stages = build_staged(ALL[flavour], shrinking(steps=1), "plan", options={"kernel": kernel})
     run_until(engine, stages, range(3))
     return weights(engine)

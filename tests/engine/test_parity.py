@@ -7,11 +7,9 @@ import torch
 
 from tests.engine.agreement import assert_agree, oracle, tolerance_for
 from tests.engine.conftest import StagedRuns
-from tests.engine.flavours import ALL, FLAVOURS, HALF_PRECISION, VARIANTS
+from tests.engine.flavours import ALL, CORE, FLAVOURS, HALF_PRECISION, VARIANTS
 from tests.engine.ranks_train import MODES, StagedRun
 from tests.ranks import RankPools, has_gpu_each
-
-CORE = ("zero0-bf16", "zero1-fp32", "bf16-optimizer", "zero2-bf16", "zero2-offload-fp32", "zero3-fp32", "zero3-bf16")
 
 
 def check(runs: list[StagedRun], name: str, mode: str, kind: str = "bert") -> None:

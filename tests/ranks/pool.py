@@ -190,4 +190,5 @@ def _environment(world_size: int) -> dict[str, str]:
     }
     if has_gpu_each(world_size):
         return common | {"DS_ACCELERATOR": "cuda"}
-    return common | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    # Triton reads its variable when it is first imported, which DeepSpeed may do.
+    return common | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}

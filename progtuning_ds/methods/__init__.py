@@ -1,0 +1,72 @@
+"""Fine-tuning methods: what trains in a model, apart from when. No deepspeed.
+
+A method is applied to a bare model before its blocks are discovered; what then does not require grad never trains.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from progtuning_ds.blocks import set_trainable
+from progtuning_ds.errors import ConfigError
+from progtuning_ds.methods.bottleneck import BottleneckConfig, add_bottlenecks, load_bottlenecks
+from progtuning_ds.methods.heads import head_modules
+from progtuning_ds.methods.quantized import quantized_loading
+from progtuning_ds.methods.settings import KINDS, Method
+
+__all__ = [
+    "KINDS",
+    "BottleneckConfig",
+    "Method",
+    "apply_method",
+    "blocks_path",
+    "load_bottlenecks",
+    "quantized_loading",
+]
+
+
+def blocks_path(model: Any, path: str | None) -> str | None:
+    """Where a block stack that the user named in the bare model is in ``model``, which PEFT may have wrapped."""
+    if path is None or not hasattr(model, "get_base_model"):
+        return path
+    return "+".join(f"base_model.model.{single}" for single in path.split("+"))
+
+
+def apply_method(model: PreTrainedModel, method: Method, *, blocks_path: str | None = None) -> Any:
+    """Make ``model`` train what ``method`` trains.
+
+    Args:
+        model: a bare model, on any device (meta included).
+        method: what to train.
+        blocks_path: as in `discover_blocks`, for methods that look at blocks.
+
+    Returns:
+        The model: wrapped by PEFT for PEFT's methods, else itself, changed in place.
+
+    Raises:
+        ConfigError: if the method finds nothing to train in it.
+    """
+    if method.kind == "full":
+        return model
+    if method.uses_peft:
+        from progtuning_ds.methods.peft_based import add_peft
+
+        return add_peft(model, method)
+    if method.kind == "adapter":
+        config = BottleneckConfig(method.placement, method.reduction, targets=method.targets)
+        model.bottleneck_config = add_bottlenecks(  # type: ignore[assignment]
+            model, config, blocks_path=blocks_path, train_head=method.train_head
+        )
+        return model
+    from progtuning_ds.methods.selective import biases, norms
+
+    names = biases(model) if method.kind == "bitfit" else norms(model)
+    heads = head_modules(model) if method.train_head else []
+    of_heads = [name for name, _ in model.named_parameters() if name.split(".", 1)[0] in heads]
+    if not names:
+        what = "biases" if method.kind == "bitfit" else "normalization layers"
+        raise ConfigError(f"method.kind {method.kind} finds nothing to train: {model.config.model_type} has no {what}")
+    set_trainable(model, [*names, *of_heads])
+    return model
