@@ -134,6 +134,12 @@ class Workload:
             persistent = self._persistent(setup) * setup.element
             host["weights"], device["weights"] = device["weights"] - persistent, persistent
         (host if setup.offload_optimizer else device).update(state)
+        waiting = [group for group in groups if group.last_stage in setup.host_parts]
+        if waiting and not setup.offload_optimizer:
+            away = self._optimizer_state(setup, owned_numel([group.numels for group in waiting], setup.flavour))
+            for name in ("exp_avg", "exp_avg_sq"):
+                device[name] -= away[name]
+                host[name] = away[name]
         return device, host
 
     @staticmethod
@@ -199,7 +205,7 @@ class Workload:
             lambda: (
                 owned_numel([group.numels for group in groups], setup.flavour),
                 _lasting_gradients(setup, [group.numels for group in groups]),
-                _step_copy(setup, groups),
+                _step_copy(setup, groups) + _visiting_moments(setup, groups),
                 max(max(group.numels) for group in groups),
             ),
         )
@@ -321,6 +327,15 @@ def _staging(setup: EngineSetup, batch: Batch, owned: int, largest: int) -> int:
     if setup.zero_stage == 3:
         return 0
     return setup.element * (owned + (owned if batch.accumulation > 1 else 0) + largest)
+
+
+def _visiting_moments(setup: EngineSetup, groups: Sequence[Group]) -> int:
+    """Moments that come from host memory for the update, one group (in ZeRO-3, one sub-group) at a time."""
+    shares = [owned_numel([g.numels], setup.flavour) for g in groups if g.last_stage in setup.host_parts]
+    if setup.offload_optimizer or not shares:
+        return 0
+    largest = min(max(shares), setup.sub_group) if setup.zero_stage == 3 else max(shares)
+    return 2 * largest * setup.state_bits // 8
 
 
 def _step_copy(setup: EngineSetup, groups: Sequence[Group]) -> int:

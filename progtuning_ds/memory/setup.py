@@ -33,6 +33,8 @@ class EngineSetup:
         persistence_threshold: ZeRO-3 keeps parameters up to this size whole on every rank.
         max_live: ZeRO-3 weights that stay gathered at most, and distance of reuse within which they do.
         sub_group: ZeRO-3 elements that are updated together.
+        host_parts: groups that leave after one of these stages keep their moments in host memory between steps; the
+            rest of their state stays on the device.
     """
 
     zero_stage: int
@@ -50,6 +52,7 @@ class EngineSetup:
     persistence_threshold: int = 100_000
     max_live: int = 1_000_000_000
     sub_group: int = 1_000_000_000
+    host_parts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, PRECISIONS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import DataLoader
@@ -14,12 +14,26 @@ from progtuning_ds.train.ranks import Ranks
 from progtuning_ds.train.signals import ignore_in_worker
 
 
-def step_batches(job: Job, ranks: Ranks, first_step: int = 0) -> Iterator[list[Batch]]:
-    """Yield the forward passes of each optimizer step of a run, from `first_step` to the end, on the CPU."""
-    per_epoch, micro = job.order.steps_per_epoch, job.settings.micro_batch_size
+def step_batches(
+    job: Job, ranks: Ranks, first_step: int = 0, sizes: Sequence[int] | None = None
+) -> Iterator[list[Batch]]:
+    """Yield the forward passes of each optimizer step of a run, from `first_step` to the end, on the CPU.
+
+    Args:
+        job: the run.
+        ranks: this process among the others.
+        first_step: where to begin.
+        sizes: rows per pass in each stage; by default the job's throughout.
+    """
+    per_epoch = job.order.steps_per_epoch
+    sizes = sizes or [job.settings.micro_batch_size] * len(job.plan.stages)
     for epoch in range(first_step // per_epoch, job.config.train.epochs):
-        steps = job.order.epoch(epoch)[max(0, first_step - epoch * per_epoch) :]
-        mine = [micro_batches(rows, ranks.rank, ranks.world_size, micro) for rows in steps]
+        begin = max(first_step, epoch * per_epoch)
+        steps = job.order.epoch(epoch)[begin - epoch * per_epoch :]
+        mine = [
+            micro_batches(rows, ranks.rank, ranks.world_size, sizes[job.plan.stage_at(step).index])
+            for step, rows in enumerate(steps, start=begin)
+        ]
         loader = DataLoader(
             job.task.train.rows,
             batch_sampler=[rows for step in mine for rows in step],

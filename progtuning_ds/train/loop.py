@@ -16,6 +16,7 @@ from progtuning_ds.train.evaluate import evaluate
 from progtuning_ds.train.guard import Guard, WatchedStep
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.keeper import Keeper
+from progtuning_ds.train.memory_control import MemoryControl
 from progtuning_ds.train.observers import Observer
 from progtuning_ds.train.outcome import PreemptedError
 from progtuning_ds.train.position import Position, StageTotals
@@ -50,6 +51,7 @@ class TrainingLoop:
         keeper: saves the run.
         signals: says when it has to stop.
         position: where to begin; the engine must be there too. Kept up to date.
+        memory: keeps to the budget and chooses rows per pass.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class TrainingLoop:
         keeper: Keeper,
         signals: StopSignals,
         position: Position,
+        memory: MemoryControl,
     ) -> None:
         self.job = job
         self.built = built
@@ -69,6 +72,7 @@ class TrainingLoop:
         self.keeper = keeper
         self.signals = signals
         self.position = position
+        self.memory = memory
         self._guard = Guard(job.config.guard, job.settings.precision)
         if position.guard:
             self._guard.set_state(position.guard)
@@ -87,6 +91,7 @@ class TrainingLoop:
             PreemptedError: on all ranks, after a signal to any of them; the run is saved.
             GuardError: on all ranks, if training has gone wrong.
             CheckpointError: on all ranks, if the run cannot be saved.
+            MemoryBudgetError: on all ranks, before a stage that would need more than the budget.
         """
         position = self.position
         self.observer.run_started(self.job)
@@ -94,13 +99,18 @@ class TrainingLoop:
         if not position.settled:
             self._settle()
         steps = range(position.done, self.job.plan.total_steps)
-        for step, batches in zip(steps, step_batches(self.job, self.ranks, position.done), strict=True):
+        feed = step_batches(self.job, self.ranks, position.done, self.memory.micro_batches)
+        for step, batches in zip(steps, feed, strict=True):
             stage = self.job.plan.stage_at(step)
+            if step == stage.steps.start:
+                self.memory.before(stage)
             transition = self.built.stages.advance(step)
             if step == stage.steps.start:
                 position.stage = _totals(transition)
                 self.observer.stage_started(stage, transition)
-            self._train_step(step, batches)
+            if step in (stage.steps.start, steps.start):
+                self.memory.entered(stage)
+            self._train_step(step, stage, batches)
             position.done, position.settled = step + 1, False
             signal = self.signals.wanted()
             if signal is not None:
@@ -123,14 +133,16 @@ class TrainingLoop:
         if record is not None:
             self.observer.saved(record)
 
-    def _train_step(self, step: int, batches: list[Batch]) -> None:
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        inputs = {name: values.to(self.ranks.device, non_blocking=True) for name, values in batch.items()}
+        return self.job.task.loss(self.built.engine, inputs)
+
+    def _train_step(self, step: int, stage: Stage, batches: list[Batch]) -> None:
         engine, began = self.built.engine, time.perf_counter()
         skipped = engine.skipped_steps
         rate = float(engine.get_lr()[0])
         losses = []
-        for batch in batches:
-            inputs = {name: values.to(self.ranks.device, non_blocking=True) for name, values in batch.items()}
-            loss = self.job.task.loss(engine, inputs)
+        for loss in self.memory.passes(stage, batches, self._forward):
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
@@ -232,6 +244,7 @@ class TrainingLoop:
             metrics=totals.metrics,
         )
         self.observer.stage_finished(record)
+        self.observer.memory_measured(self.memory.record(stage))
 
 
 def _totals(transition: StageTransition | None) -> StageTotals:

@@ -10,6 +10,7 @@ from progtuning_ds.train.job import Job
 from progtuning_ds.train.records import (
     CheckpointRecord,
     EvaluationRecord,
+    MemoryRecord,
     RecordLog,
     RunRecord,
     SessionRecord,
@@ -39,6 +40,9 @@ class Observer:
     def stage_finished(self, record: StageRecord) -> None:
         """A stage is over, evaluation included."""
 
+    def memory_measured(self, record: MemoryRecord) -> None:
+        """What the stage that is over held."""
+
     def saved(self, record: CheckpointRecord) -> None:
         """A checkpoint is complete."""
 
@@ -66,6 +70,10 @@ class Recorder(Observer):
 
     def stage_finished(self, record: StageRecord) -> None:
         """Append it to stages.jsonl."""
+        self._log.write(record)
+
+    def memory_measured(self, record: MemoryRecord) -> None:
+        """Append it to memory.jsonl."""
         self._log.write(record)
 
     def session_started(self, record: SessionRecord) -> None:
@@ -116,6 +124,11 @@ class Observers(Observer):
         """Pass on."""
         for member in self._members:
             member.stage_finished(record)
+
+    def memory_measured(self, record: MemoryRecord) -> None:
+        """Pass on."""
+        for member in self._members:
+            member.memory_measured(record)
 
     def saved(self, record: CheckpointRecord) -> None:
         """Pass on."""

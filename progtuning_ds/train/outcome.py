@@ -8,6 +8,7 @@ USER_ERROR = 2
 GUARD = 3
 CHECKPOINT = 4
 PEER_LOST = 5
+MEMORY = 6
 PREEMPTED = 75
 """`EX_TEMPFAIL` of sysexits.h: try the same command again."""
 
@@ -28,3 +29,9 @@ class GuardStopError(RunEndError):
     """Training has gone wrong; the message says what to look at."""
 
     code = GUARD
+
+
+class MemoryBudgetError(RunEndError):
+    """The next stage would need more than the budget; the message says how much, for what, and what would help."""
+
+    code = MEMORY

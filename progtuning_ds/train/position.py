@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from progtuning_ds.train.records import FILES, EvaluationRecord, StageRecord, StepRecord
+from progtuning_ds.train.records import FILES, EvaluationRecord, MemoryRecord, StageRecord, StepRecord
 
 
 @dataclass
@@ -67,6 +67,7 @@ def rewind_records(folder: Path, position: Position) -> None:
         StepRecord: lambda record: record["step"] < position.done,
         EvaluationRecord: lambda record: record["step"] < settled,
         StageRecord: lambda record: record["first_step"] + record["steps"] <= settled,
+        MemoryRecord: lambda record: record["step"] < settled,
     }
     for kind, keeps in kept.items():
         path = folder / FILES[kind]

@@ -108,7 +108,32 @@ class SessionRecord:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryRecord:
+    """What a stage held on rank 0 against what was predicted, written when it is over; bytes.
+
+    `step` is the stage's last. `predicted` and `predicted_host` are by category at the predicted peak, `measured` are
+    the states that `StageEngine.memory` counts; `measured_peak` is the allocator's, on the CPU the process's.
+    """
+
+    stage: int
+    step: int
+    micro_batch: int
+    accumulation: int
+    predicted: dict[str, int]
+    predicted_host: dict[str, int]
+    predicted_peak: int
+    measured: dict[str, int]
+    measured_peak: int
+    fragmentation: int
+    host: int
+    budget: int | None
+    reserve: int
+    fell_back: bool
+
+
 FILES = {
+    MemoryRecord: "memory.jsonl",
     StepRecord: "steps.jsonl",
     EvaluationRecord: "evaluations.jsonl",
     StageRecord: "stages.jsonl",

@@ -45,6 +45,7 @@ _ARTIFACTS = (
     FULL,
     "steps.jsonl",
     "stages.jsonl",
+    "memory.jsonl",
     "evaluations.jsonl",
     "checkpoints.jsonl",
     "sessions.jsonl",

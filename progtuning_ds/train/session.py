@@ -10,6 +10,7 @@ from rich.console import Console
 
 from progtuning_ds import __version__
 from progtuning_ds.checkpoint import Checkpoint
+from progtuning_ds.errors import ConfigError
 from progtuning_ds.train import run_dir
 from progtuning_ds.train.assembly import Built, build
 from progtuning_ds.train.export import save_final
@@ -17,12 +18,14 @@ from progtuning_ds.train.guard import GuardError
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.keeper import Keeper
 from progtuning_ds.train.loop import TrainingLoop
+from progtuning_ds.train.memory_control import MemoryControl
+from progtuning_ds.train.memory_plan import plan_memory
 from progtuning_ds.train.observers import Observer, Observers, Recorder
 from progtuning_ds.train.outcome import GuardStopError
 from progtuning_ds.train.plots import draw_training
 from progtuning_ds.train.position import Position, rewind_records
 from progtuning_ds.train.progress import make_progress
-from progtuning_ds.train.ranks import Ranks
+from progtuning_ds.train.ranks import Ranks, memory_bytes
 from progtuning_ds.train.records import RecordLog, RunRecord, SessionRecord, StageRecord, read_records
 from progtuning_ds.train.signals import StopSignals
 from progtuning_ds.train.summary import print_summary
@@ -46,6 +49,12 @@ class Session:
         self.signals = signals
         self.folder = Path(job.config.output_dir).expanduser()
         self.keeper = Keeper(job, self.folder)
+        # The same on every rank, or they would cut their rows differently.
+        self.memory = plan_memory(job, ranks.device.type, max(ranks.gather(memory_bytes(ranks.device))))
+        for stage in job.plan.stages:
+            problem = self.memory.problem(stage.index)
+            if problem is not None:
+                raise ConfigError(problem)
 
     def run(self, resume: str) -> None:
         """Train, export and sum up. Collective; see `run_program` for `resume` and for the errors."""
@@ -75,7 +84,8 @@ class Session:
         while True:
             built, position = self._build(found, rollbacks)
             self._tell(observer, position, found, reason, message)
-            loop = TrainingLoop(self.job, built, self.ranks, observer, self.keeper, self.signals, position)
+            memory = MemoryControl(self.memory, built, self.ranks, self._say)
+            loop = TrainingLoop(self.job, built, self.ranks, observer, self.keeper, self.signals, position, memory)
             try:
                 metrics = loop.run()
                 save_final(built.module, self.job.tokenizer, self.folder / run_dir.FINAL, is_first=self.ranks.is_first)
