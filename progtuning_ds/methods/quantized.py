@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from progtuning_ds.methods.heads import head_modules
 from progtuning_ds.methods.settings import Method
 
 
-def quantized_loading(method: Method | None, dtype: torch.dtype) -> dict[str, Any]:
+def unquantized_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that are never quantized: the task's head, which trains, and the output embeddings."""
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [*head_modules(model), *(name for name, module in model.named_modules() if module is output)]
+
+
+def quantized_loading(method: Method | None, dtype: torch.dtype, skip: Sequence[str] = ()) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that quantize the base while it is read; none where it stays as it is.
 
     What is quantized are linear layers; embeddings, norms and the task's head keep ``dtype``, in which quantized
     layers compute as well (QLoRA, arXiv 2305.14314).
+
+    Args:
+        method: the method, or None.
+        dtype: of what is not quantized.
+        skip: names of modules to leave out; see `unquantized_modules`.
     """
     if method is None or method.quantization == "none":
         return {}
     from transformers import BitsAndBytesConfig
 
     if method.quantization == "int8":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(skip))}
     return {
         "quantization_config": BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=list(skip),
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=method.double_quant,
             bnb_4bit_compute_dtype=dtype,

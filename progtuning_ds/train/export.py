@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,7 +52,14 @@ def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
             if keep:
                 state[name] = parameter.detach().cpu().clone()
     if keep:
-        # What is in a state dict beside parameters: persistent buffers. Tied names appear once, as on the hub.
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        state |= {name: tensor.detach().cpu() for name, tensor in model.state_dict().items() if name not in parameters}
+        # What is in a state dict beside parameters; a quantized layer under ZeRO-3 could not make one. Tied names
+        # appear once, as on the hub.
+        state |= {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(model)}
     return state
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer

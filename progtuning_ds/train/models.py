@@ -19,7 +19,7 @@ from transformers import (
 
 from progtuning_ds.config import MethodConfig, ModelConfig
 from progtuning_ds.errors import ConfigError, did_you_mean
-from progtuning_ds.methods import Method, apply_method, quantized_loading
+from progtuning_ds.methods import Method, apply_method, quantized_loading, unquantized_modules
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -116,7 +116,7 @@ def load_model(
         # A head for other classes, as of a model tuned on another task, is replaced by a new one.
         ignore_mismatched_sizes=True,
         **attention,
-        **quantized_loading(method, DTYPES[precision]),
+        **_quantization(auto_class, model, shape, precision, method),
     )
     if method is not None:
         loaded = apply_method(loaded, method, blocks_path=model.blocks)
@@ -125,6 +125,14 @@ def load_model(
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         loaded.config.use_cache = False
     return loaded
+
+
+def _quantization(
+    auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, precision: str, method: Method | None
+) -> dict[str, Any]:
+    if method is None or method.quantization == "none":
+        return {}
+    return quantized_loading(method, DTYPES[precision], unquantized_modules(empty_model(auto_class, model, shape)))
 
 
 def max_positions(model: ModelConfig, shape: PreTrainedConfig) -> int | None:
