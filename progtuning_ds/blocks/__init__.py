@@ -2,7 +2,14 @@
 
 from progtuning_ds.blocks.block_map import BlockMap
 from progtuning_ds.blocks.discovery import discover_blocks
-from progtuning_ds.blocks.parameters import component_counts, full_numel, full_shape, let_backward_stop, set_trainable
+from progtuning_ds.blocks.parameters import (
+    component_counts,
+    full_numel,
+    full_shape,
+    let_backward_stop,
+    persistent_buffers,
+    set_trainable,
+)
 
 __all__ = [
     "BlockMap",
@@ -11,5 +18,6 @@ __all__ = [
     "full_numel",
     "full_shape",
     "let_backward_stop",
+    "persistent_buffers",
     "set_trainable",
 ]

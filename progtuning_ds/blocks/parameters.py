@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from math import prod
 
 import torch
@@ -92,3 +92,11 @@ def component_counts(model: nn.Module, blocks: BlockMap, *, always_train: Collec
         always_embeddings=count(blocks.embeddings, always),
         always_blocks=tuple(count(block, always) for block in blocks.blocks),
     )
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the buffers that a state dict holds, without making one: a quantized layer under ZeRO-3 could not."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from progtuning_ds.blocks import full_shape
+from progtuning_ds.blocks import full_shape, persistent_buffers
 from progtuning_ds.checkpoint.fragments import MASTER
 from progtuning_ds.checkpoint.plain_values import encode
 from progtuning_ds.checkpoint.rng import rng_tensors, rng_values
@@ -100,9 +100,7 @@ def _buffer(adapter: Adapter, index: int, buffer: HeldBuffer, tensors: dict[str,
 
 def _module_buffers(stages: StageEngine) -> dict[str, torch.Tensor]:
     """Persistent buffers of the model, such as running statistics; each rank has its own."""
-    module = stages.engine.module
-    names = {name for name, _ in module.named_buffers()} & module.state_dict().keys()
-    return {name: tensor for name, tensor in module.named_buffers() if name in names and tensor is not None}
+    return dict(persistent_buffers(stages.engine.module))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

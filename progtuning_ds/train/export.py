@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from progtuning_ds.blocks import persistent_buffers
 from progtuning_ds.methods.bottleneck import bottleneck_state, save_bottlenecks
 
 
@@ -54,12 +54,5 @@ def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
     if keep:
         # What is in a state dict beside parameters; a quantized layer under ZeRO-3 could not make one. Tied names
         # appear once, as on the hub.
-        state |= {name: buffer.detach().cpu() for name, buffer in _persistent_buffers(model)}
+        state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(model)}
     return state
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
