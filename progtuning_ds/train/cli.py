@@ -12,12 +12,10 @@ from typing import NoReturn
 
 from progtuning_ds.config import RunConfig, load_run_config, reference
 from progtuning_ds.config.files import shipped_names
-from progtuning_ds.errors import CheckpointError, ConfigError, UnsupportedDeepSpeedError, did_you_mean
-from progtuning_ds.train.outcome import CHECKPOINT, DONE, USER_ERROR, RunEndError
+from progtuning_ds.errors import CheckpointError, ConfigError, did_you_mean
+from progtuning_ds.train.outcome import CHECKPOINT, DONE, EXPECTED, USER_ERROR, RunEndError
 from progtuning_ds.train.quiet import quiet_libraries
 from progtuning_ds.train.run_dir import NEVER, check_run_dir
-
-_EXPECTED = (ConfigError, CheckpointError, UnsupportedDeepSpeedError, RunEndError)
 
 _INTRO = """\
 Fine-tunes a pretrained Transformer in stages (Progtuning) on DeepSpeed.
@@ -73,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite, resume=args.resume)
         quiet_libraries(config.logging)
         _run(config, args)
-    except _EXPECTED as error:
+    except EXPECTED as error:
         _report(error)
         return _code(error)
     return DONE
@@ -85,7 +83,7 @@ def _run(config: RunConfig, args: argparse.Namespace) -> None:
 
     try:
         run_program(config, compare=args.compare, overwrite=args.overwrite, resume=args.resume)
-    except _EXPECTED:  # which all ranks raise together; a crash must not wait for them
+    except EXPECTED:  # which all ranks raise together; a crash must not wait for them
         leave_ranks()
         raise
     leave_ranks()

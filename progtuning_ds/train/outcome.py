@@ -1,6 +1,8 @@
-"""How a run can end, and the exit code of each way. Standard library only."""
+"""How a run can end, and the exit code of each way. No torch, no deepspeed."""
 
 from __future__ import annotations
+
+from progtuning_ds.errors import CheckpointError, ConfigError, UnsupportedDeepSpeedError
 
 DONE = 0
 CRASHED = 1
@@ -35,3 +37,7 @@ class MemoryBudgetError(RunEndError):
     """The next stage would need more than the budget; the message says how much, for what, and what would help."""
 
     code = MEMORY
+
+
+EXPECTED = (ConfigError, CheckpointError, UnsupportedDeepSpeedError, RunEndError)
+"""What all ranks raise together, and what the user is told in one line."""

@@ -13,6 +13,8 @@ from progtuning_ds.config import RunConfig
 from progtuning_ds.train import run_dir
 from progtuning_ds.train.engine_config import check_engine_config
 from progtuning_ds.train.job import Job, prepare_job, without_freezing
+from progtuning_ds.train.outcome import EXPECTED
+from progtuning_ds.train.peers import PeerWatch
 from progtuning_ds.train.ranks import Ranks, hardware, start_ranks
 from progtuning_ds.train.run_dir import AUTO, NEVER
 from progtuning_ds.train.session import Session, read_run
@@ -46,7 +48,7 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
     jobs = [job]
     if compare:
         jobs.append(without_freezing(job, str(folder / run_dir.FULL)))
-    with StopSignals(ranks, enabled=config.checkpoint.on_signal) as signals:
+    with PeerWatch(ranks, EXPECTED), StopSignals(ranks, enabled=config.checkpoint.on_signal) as signals:
         for one in jobs:
             Session(one, ranks, console, signals).run(resume)
             resume = AUTO if resume != NEVER else NEVER
