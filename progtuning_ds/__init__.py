@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from progtuning_ds.blocks import BlockMap, discover_blocks
-    from progtuning_ds.engine import StageEngine, StageTransition
+    from progtuning_ds.engine import StageEngine
     from progtuning_ds.errors import ConfigError, StageTransitionError, UnsupportedDeepSpeedError
     from progtuning_ds.grouping import param_groups
     from progtuning_ds.optim import MaskedAdamW
     from progtuning_ds.schedule import Part, Stage, StagePlan, custom_plan, partition_blocks, plan_stages
+    from progtuning_ds.trainer import ProgtuningCallback
+    from progtuning_ds.transition import StageTransition
 
 __version__ = "0.1.0.dev0"
 
@@ -24,10 +26,11 @@ _HOME = {
     "ConfigError": "errors",
     "MaskedAdamW": "optim",
     "Part": "schedule",
+    "ProgtuningCallback": "trainer",
     "Stage": "schedule",
     "StageEngine": "engine",
     "StagePlan": "schedule",
-    "StageTransition": "engine",
+    "StageTransition": "transition",
     "StageTransitionError": "errors",
     "UnsupportedDeepSpeedError": "errors",
     "custom_plan": "schedule",
@@ -42,6 +45,7 @@ __all__ = [
     "ConfigError",
     "MaskedAdamW",
     "Part",
+    "ProgtuningCallback",
     "Stage",
     "StageEngine",
     "StagePlan",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,38 +23,12 @@ from progtuning_ds.grouping import free_backward
 from progtuning_ds.regroup import GroupPlan, fingerprint, plan_groups
 from progtuning_ds.schedule import Stage, StagePlan
 from progtuning_ds.transfer import DEFAULT_CHUNK_BYTES
+from progtuning_ds.transition import StageTransition, describe
 from progtuning_ds.zero import Adapter, build_adapter
 from progtuning_ds.zero.checkpoints import complete_checkpoints
 from progtuning_ds.zero.fused import FusedStep, take_over_step
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StageTransition:
-    """What one transition did, as seen by this rank.
-
-    Attributes:
-        stage: index of the stage that begins, None for a ``retarget`` outside the plan.
-        step: optimizer step it begins with, None likewise.
-        frozen: names of the parameters that left.
-        unfrozen: names of the parameters that joined.
-        released_bytes: bytes given back on this rank per category; negative where it grew.
-        memory_bytes: bytes held on this rank per category afterwards (``Adapter.memory``).
-        moved_bytes: bytes that crossed ranks, summed over all ranks.
-        planned: True if whole groups were dropped and nothing else happened.
-        seconds: wall-clock time on this rank.
-    """
-
-    stage: int | None
-    step: int | None
-    frozen: tuple[str, ...]
-    unfrozen: tuple[str, ...]
-    released_bytes: dict[str, int]
-    memory_bytes: dict[str, int]
-    moved_bytes: int
-    planned: bool
-    seconds: float
 
 
 class StageEngine:
@@ -273,7 +246,14 @@ class StageEngine:
     def _check_boundary(self) -> None:
         engine = self.engine
         accumulation = engine.gradient_accumulation_steps()
-        if engine.micro_steps % accumulation != 0:
+        # Whoever sets the boundaries by hand (accelerate does) need not step after every micro-batch, and may
+        # accumulate fewer at the end of an epoch: micro_steps then counts something else.
+        by_hand = getattr(engine, "_is_gradient_accumulation_boundary", None)
+        if by_hand is False:
+            raise StageTransitionError(
+                "a transition is legal only between optimizer steps, got one in mid-accumulation"
+            )
+        if by_hand is None and engine.micro_steps % accumulation != 0:
             raise StageTransitionError(
                 f"a transition is legal only between optimizer steps, got one after micro-batch "
                 f"{engine.micro_steps % accumulation} of {accumulation}"
@@ -295,14 +275,3 @@ class StageEngine:
         highest, lowest = bounds[:2], -bounds[2:]
         if not torch.equal(highest, lowest):
             raise StageTransitionError(f"ranks disagree on {what}; every rank must pass the same, nothing was changed")
-
-
-def describe(transition: StageTransition, num_stages: int) -> str:
-    """One line for a log: what froze, what this rank gave back, what it cost."""
-    stage = "retarget" if transition.stage is None else f"stage {transition.stage + 1}/{num_stages}"
-    released = sum(transition.released_bytes.values()) / 2**20
-    return (
-        f"{stage}: {len(transition.frozen)} parameters froze, {len(transition.unfrozen)} joined, "
-        f"{released:.1f} MiB released on this rank, {transition.moved_bytes / 2**20:.1f} MiB moved between ranks, "
-        f"{transition.seconds * 1000:.0f} ms"
-    )
