@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from progtuning_ds.methods.heads import head_modules
@@ -16,6 +17,17 @@ def unquantized_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that are never quantized: the task's head, which trains, and the output embeddings."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [*head_modules(model), *(name for name, module in model.named_modules() if module is output)]
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep 4-bit layers from repacking their weight in evaluation, which would cut gradients off in training.
+
+    On CPUs with AVX512-BF16, bitsandbytes (``nn/modules.py``, ``Linear4bit.forward``) changes a weight's layout for
+    good at the first forward in evaluation mode, and uses an operation without backward from then on.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def quantized_loading(method: Method | None, dtype: torch.dtype, skip: Sequence[str] = ()) -> dict[str, Any]:
