@@ -51,7 +51,9 @@ def build(job: Job, ranks: Ranks) -> Built:
     """
     register_optimizer()
     set_seed(job.config.train.seed)
-    hf_deepspeed = HfDeepSpeedConfig(job.deepspeed) if job.zero_stage == 3 else None
+    # A quantized base is read whole and sharded by deepspeed.initialize: transformers cannot do both at once.
+    quantized = job.config.method.quantization != "none"
+    hf_deepspeed = HfDeepSpeedConfig(job.deepspeed) if job.zero_stage == 3 and not quantized else None
     model = load_model(
         job.task.auto_class, job.config.model, job.shape, job.settings.precision, method_of(job.config.method)
     )
