@@ -99,6 +99,11 @@ class BottleneckLayer(nn.Module):
             nn.init.zeros_(self.adapter_up.weight)
             nn.init.zeros_(self.adapter_up.bias)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The layer's own weight: models look at its dtype (T5)."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Return the adapted output [..., width]."""
         output = self.base_layer(*args, **kwargs)
