@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from progtuning_ds.config import files, problems
-from progtuning_ds.config.schema import DataConfig, MemoryConfig, RunConfig, TrainConfig
+from progtuning_ds.config.schema import DataConfig, MemoryConfig, MethodConfig, RunConfig, TrainConfig
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.memory import parse_bytes
 
@@ -34,12 +34,16 @@ def run_config(settings: Mapping[str, Any]) -> RunConfig:
     """Check a mapping of sections and return the configuration; see `load_run_config` for the errors."""
     # An empty section (`train:` with every line commented out) is read as None, and means the defaults.
     given = {key: value for key, value in settings.items() if not (value is None and key in _SECTIONS)}
+    task = given.get("task")
+    if problems.is_mapping(task) and "kind" not in task:
+        given["task"] = {"kind": "classification", **task}
     try:
         config = _ADAPTER.validate_python(given)
     except ValidationError as error:
         raise ConfigError("\n".join(problems.lines(error, RunConfig))) from error
     _check_data(config.data)
     _check_train(config.train)
+    _check_method(config.method)
     _check_memory(config.memory)
     return config
 
@@ -92,6 +96,12 @@ def _check_data(data: DataConfig) -> None:
         raise ConfigError(
             f"data.validation_fraction is {data.validation_fraction} and data.{name} is {held_out!r}; give one of them"
         )
+
+
+def _check_method(method: MethodConfig) -> None:
+    mergeable = ("lora", "dora", "rslora", "ia3")
+    if method.merge and method.kind not in mergeable:
+        raise ConfigError(f"method.merge needs method.kind {', '.join(mergeable)}, got {method.kind}")
 
 
 def _check_train(train: TrainConfig) -> None:

@@ -179,7 +179,8 @@ def load_bottlenecks(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if content.pop("peft_type", None) != KIND:
         raise ConfigError(f"{CONFIG_FILE} in {str(folder)!r} is no bottleneck adapter's; load it with PEFT")
     lists = ("targets", "modules_to_save")
-    config = BottleneckConfig(**{k: tuple(v) if k in lists else v for k, v in content.items()})
+    fields: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in content.items()}
+    config = BottleneckConfig(**fields)
     if not _all_present(model, config.targets):
         raise ConfigError(f"the adapters in {str(folder)!r} are for another model: no {config.targets[0]!r} here")
     add_bottlenecks(model, config)

@@ -51,9 +51,10 @@ def peft_config(model: PreTrainedModel, method: Method) -> PeftConfig:
     targets = _targets(method)
     if method.kind == "ia3":
         return IA3Config(target_modules=targets, feedforward_modules=[] if targets else None, **shared)
+    scale: Any = method.alpha  # PEFT says int, and computes with any number
     return LoraConfig(
+        lora_alpha=scale,
         r=method.rank,
-        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets,
         use_dora=method.kind == "dora",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -34,6 +35,23 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         else:
             save_bottlenecks({name: state[name] for name in bottleneck_state(model, adapters)}, adapters, folder)
         tokenizer.save_pretrained(folder)
+
+
+def save_merged(
+    base: PreTrainedModel, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> PreTrainedModel:
+    """Merge saved PEFT adapters into ``base`` and save the whole, which loads without PEFT. On one rank.
+
+    Args:
+        base: freshly loaded, unquantized and on the CPU.
+        adapters: what `save_final` wrote.
+        tokenizer: saved beside it.
+        folder: created if needed.
+    """
+    merged = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return merged
 
 
 def full_state_dict(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:

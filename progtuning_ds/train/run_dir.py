@@ -16,6 +16,7 @@ from progtuning_ds.schedule import StagePlan
 
 CONFIG, DEEPSPEED, PLAN, PLOT = "config.yaml", "deepspeed.json", "plan.json", "training.png"
 COMPARISON, FINAL, FULL, CHECKPOINTS = "comparison.json", "final", "full", "checkpoints"
+MERGED = "merged"
 SUMMARY = "summary.json"
 AUTO, NEVER = "auto", "never"
 """What `--resume` may be beside a path."""
@@ -42,6 +43,7 @@ _ARTIFACTS = (
     PLAN,
     PLOT,
     FINAL,
+    MERGED,
     FULL,
     "steps.jsonl",
     "stages.jsonl",

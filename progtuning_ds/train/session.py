@@ -10,16 +10,18 @@ from rich.console import Console
 
 from progtuning_ds import __version__
 from progtuning_ds.checkpoint import Checkpoint
+from progtuning_ds.checkpoint.agreement import on_first
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.train import run_dir
 from progtuning_ds.train.assembly import Built, build
-from progtuning_ds.train.export import save_final
+from progtuning_ds.train.export import save_final, save_merged
 from progtuning_ds.train.guard import GuardError
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.keeper import Keeper
 from progtuning_ds.train.loop import TrainingLoop
 from progtuning_ds.train.memory_control import MemoryControl
 from progtuning_ds.train.memory_plan import plan_memory
+from progtuning_ds.train.models import load_model
 from progtuning_ds.train.observers import Observer, Observers, Recorder
 from progtuning_ds.train.outcome import GuardStopError
 from progtuning_ds.train.plots import draw_training
@@ -66,9 +68,7 @@ class Session:
         found, passed_over = (None, []) if resume == run_dir.NEVER else self.keeper.find(resume)
         for line in passed_over:
             self._say(f"warning: {line}")
-        if self.ranks.is_first:
-            run_dir.make_run_dir(self.folder, keep=found is not None)
-            run_dir.write_inputs(self.folder, self.job.config, self.job.deepspeed, self.job.plan)
+        on_first(lambda: self._make_folder(keep=found is not None))
         observer = self._observer()
         try:
             record = self._train(observer, found, "; ".join(passed_over))
@@ -76,7 +76,19 @@ class Session:
         finally:
             observer.close()
         if self.ranks.is_first:
+            if self.job.config.method.merge:
+                self._save_merged()
             self._sum_up()
+
+    def _save_merged(self) -> None:
+        job = self.job
+        base = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision)
+        save_merged(base, self.folder / run_dir.FINAL, job.tokenizer, self.folder / run_dir.MERGED)
+        self._say(f"merged model in {self.folder / run_dir.MERGED}")
+
+    def _make_folder(self, *, keep: bool) -> None:
+        run_dir.make_run_dir(self.folder, keep=keep)
+        run_dir.write_inputs(self.folder, self.job.config, self.job.deepspeed, self.job.plan)
 
     def _train(self, observer: Observer, found: Checkpoint | None, message: str) -> RunRecord:
         reason = "start" if found is None else "resume"
@@ -110,8 +122,7 @@ class Session:
     def _tell(
         self, observer: Observer, position: Position, found: Checkpoint | None, reason: str, message: str
     ) -> None:
-        if self.ranks.is_first:
-            rewind_records(self.folder, position)
+        on_first(lambda: rewind_records(self.folder, position))
         if reason == "rollback":
             self._say(f"warning: {message}")
         if reason != "start":
