@@ -198,3 +198,13 @@ def _plan(
         if not as_json:
             typer.echo(f"Written: {', '.join(str(path) for path in written)}")
     return 0 if fit.outcome.proposal else 1
+
+
+@app.command("paper")
+def _paper(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print the paper's counts of updated parameters beside those computed here, and say where they differ."""
+    from progtuning_ds.cli.paper import paper_rows, show_paper
+
+    show_paper(paper_rows(), as_json=as_json)
