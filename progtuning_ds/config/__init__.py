@@ -5,7 +5,6 @@ from progtuning_ds.config.loading import load_run_config, run_config, save_run_c
 from progtuning_ds.config.reference import reference
 from progtuning_ds.config.schema import (
     CheckpointConfig,
-    ClassificationConfig,
     DataConfig,
     GuardConfig,
     LoggingConfig,
@@ -19,12 +18,22 @@ from progtuning_ds.config.schema import (
 )
 from progtuning_ds.config.settings import Hardware, Settings, settle, settle_warmup
 from progtuning_ds.config.source import DeepSpeedSource, load_deepspeed
+from progtuning_ds.config.tasks import (
+    CausalConfig,
+    ClassificationConfig,
+    GlueConfig,
+    SquadConfig,
+    TaskConfig,
+    TokensConfig,
+)
 
 __all__ = [
+    "CausalConfig",
     "CheckpointConfig",
     "ClassificationConfig",
     "DataConfig",
     "DeepSpeedSource",
+    "GlueConfig",
     "GuardConfig",
     "Hardware",
     "LoggingConfig",
@@ -35,6 +44,9 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "Settings",
+    "SquadConfig",
+    "TaskConfig",
+    "TokensConfig",
     "TrainConfig",
     "load_deepspeed",
     "load_run_config",

@@ -35,7 +35,7 @@ def run_config(settings: Mapping[str, Any]) -> RunConfig:
     # An empty section (`train:` with every line commented out) is read as None, and means the defaults.
     given = {key: value for key, value in settings.items() if not (value is None and key in _SECTIONS)}
     task = given.get("task")
-    if problems.is_mapping(task) and "kind" not in task:
+    if isinstance(task, Mapping) and "kind" not in task:
         given["task"] = {"kind": "classification", **task}
     try:
         config = _ADAPTER.validate_python(given)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -31,13 +31,17 @@ def lines(error: ValidationError, root: type) -> list[str]:
 def dotted(loc: tuple[int | str, ...], root: type) -> str:
     """Name a location as a user writes it: `train.epochs`, `schedule.stage_lengths[1]`."""
     name, section = "", root
+    kinds: dict[Any, type] = {}
     for part in loc:
         if isinstance(part, int):
             name += f"[{part}]"
+        elif part in kinds:
+            section, kinds = kinds[part], {}  # pydantic says which kind it took the section for
         elif section is None:
             break  # pydantic appends the type it tried, which is no part of the name
         else:
             name += f".{part}" if name else part
+            kinds = section_kinds(section, part)
             section = _section(section, part)
     return name
 
@@ -54,8 +58,13 @@ def walk(root: type, prefix: str = "") -> Iterator[tuple[str, type]]:
         section = _section(root, field.name)
         if section is None:
             yield name, root
-        else:
-            yield from walk(section, f"{name}.")
+            continue
+        seen: set[str] = set()
+        for kind in (section_kinds(root, field.name) or {"": section}).values():
+            for inner, owner in walk(kind, f"{name}."):
+                if inner not in seen:
+                    seen.add(inner)
+                    yield inner, owner
 
 
 def is_section(owner: type, name: str) -> bool:
@@ -68,7 +77,17 @@ def field_info(owner: type, name: str) -> Any:
     return getattr(owner, "__pydantic_fields__", {}).get(name)
 
 
+def section_kinds(owner: type, name: str) -> dict[Any, type]:
+    """The dataclasses a section may be, by the `kind` that tells them apart; none for a section of one kind."""
+    info = field_info(owner, name)
+    choices = get_args(info.annotation) if info and info.discriminator == "kind" else ()
+    return {get_args(field_info(choice, "kind").annotation)[0]: choice for choice in choices}
+
+
 def _section(owner: type, name: str) -> type | None:
+    kinds = section_kinds(owner, name)
+    if kinds:
+        return next(iter(kinds.values()))
     info = field_info(owner, name)
     annotation = info.annotation if info else None
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
@@ -82,6 +101,12 @@ def _line(details: ErrorDetails, field: str, root: type) -> str:
         return f"{value!r} is not a name of a section or field"
     if kind == "dataclass_type":
         return f"{field} must be a section with fields of its own, got {value!r}"
+    if kind == "union_tag_invalid":
+        choices = [choice.strip("'") for choice in context["expected_tags"].split(", ")]
+        value = context["tag"]
+        return f"{field}.kind must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}"
+    if kind == "missing":
+        return f"{field} must be given"
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         return f"{field} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}"

@@ -8,7 +8,9 @@ import types
 import typing
 from typing import Any
 
-from progtuning_ds.config.problems import field_info, is_section
+from pydantic_core import PydanticUndefined
+
+from progtuning_ds.config.problems import field_info, is_section, section_kinds
 from progtuning_ds.config.schema import RunConfig
 
 _NAMES = {"str": "text", "int": "integer", "float": "number", "bool": "true|false", "dict": "mapping"}
@@ -20,19 +22,26 @@ def reference(width: int = 100) -> str:
     for field in dataclasses.fields(RunConfig):
         info = field_info(RunConfig, field.name)
         if is_section(RunConfig, field.name):
-            section = info.annotation
-            doc = " ".join((section.__doc__ or "").split())
-            out += ["", *textwrap.wrap(f"{field.name}:  {doc}", width, subsequent_indent="    ")]
-            for inner in dataclasses.fields(section):
-                out += _entry(f"  {inner.name}", field_info(section, inner.name), width)
+            kinds = section_kinds(RunConfig, field.name)
+            for kind, section in kinds.items() or [(None, info.annotation)]:
+                name = f"{field.name} (kind: {kind})" if kind else field.name
+                out += _section(name, section, width)
         else:
             out += ["", *_entry(field.name, info, width)]
     return "\n".join(out).strip("\n")
 
 
+def _section(name: str, section: type, width: int) -> list[str]:
+    doc = " ".join((section.__doc__ or "").split())
+    out = ["", *textwrap.wrap(f"{name}:  {doc}", width, subsequent_indent="    ")]
+    for inner in dataclasses.fields(section):
+        out += _entry(f"  {inner.name}", field_info(section, inner.name), width)
+    return out
+
+
 def _entry(name: str, info: Any, width: int) -> list[str]:
     default = info.get_default(call_default_factory=True)
-    shown = "" if default is None or default == [] else f", default {_yaml(default)}"
+    shown = "" if default is None or default == [] or default is PydanticUndefined else f", default {_yaml(default)}"
     text = f"({_type_name(info.annotation)}{shown}) {info.description}"
     indent = " " * 32
     body = textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent)

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from progtuning_ds.config.tasks import ClassificationConfig, TaskConfig
+
 _RULES = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 # Strict, because a YAML `true` is no number and a quoted number is a mistake worth telling.
@@ -68,22 +70,6 @@ class DataConfig:
     """Evaluate on this many rows, drawn with `train.seed`."""
     num_workers: CountOrZero = 0
     """Processes per rank that collate batches; 0 collates in the training process."""
-
-
-@dataclass(frozen=True, kw_only=True, config=_RULES)
-class ClassificationConfig:
-    """What is learnt from a row: the class of a sentence or of a pair of sentences."""
-
-    kind: Literal["classification"] = "classification"
-    """The task."""
-    text_column: Text = "text"
-    """Column of the (first) sentence."""
-    pair_column: Text | None = None
-    """Column of the second sentence, for sentence pairs."""
-    label_column: Text = "label"
-    """Column of the label: class names or integers."""
-    max_length: Count | None = None
-    """Tokens after which a text is cut; by default what the model can read."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
@@ -258,7 +244,7 @@ class RunConfig:
 
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
-    task: ClassificationConfig = Field(default_factory=ClassificationConfig)
+    task: TaskConfig = Field(default_factory=ClassificationConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     method: MethodConfig = Field(default_factory=MethodConfig)

@@ -1,13 +1,19 @@
 """Tasks: data, collation, loss and metrics of one kind of learning. Imports torch and transformers; no deepspeed."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedTokenizerBase
 
 from progtuning_ds.config import RunConfig
 from progtuning_ds.tasks.base import Batch, EncodedRows, Task
+from progtuning_ds.tasks.causal import CausalTask
 from progtuning_ds.tasks.classification import ClassificationTask
 
-# A new kind of task is one more entry here, and its section in config/schema.py.
-_BUILDERS = {"classification": ClassificationTask.build}
+# A new kind of task is one more entry here, and its section in config/tasks.py.
+_BUILDERS: dict[str, Callable[[RunConfig, PreTrainedTokenizerBase, int | None], Task]] = {
+    "classification": ClassificationTask.build,
+    "causal_lm": CausalTask.build,
+}
 
 
 def build_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> Task:
@@ -24,4 +30,4 @@ def build_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positi
     return _BUILDERS[config.task.kind](config, tokenizer, max_positions)
 
 
-__all__ = ["Batch", "ClassificationTask", "EncodedRows", "Task", "build_task"]
+__all__ = ["Batch", "CausalTask", "ClassificationTask", "EncodedRows", "Task", "build_task"]

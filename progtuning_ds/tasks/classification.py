@@ -13,10 +13,10 @@ from torchmetrics.functional import classification as scores
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from progtuning_ds.config import ClassificationConfig, RunConfig
-from progtuning_ds.errors import ConfigError
 from progtuning_ds.tasks.base import Batch, EncodedRows
 from progtuning_ds.tasks.columns import require_column, require_scalar, require_text
 from progtuning_ds.tasks.labels import LabelMap, majority_share, map_labels
+from progtuning_ds.tasks.lengths import length_limit
 from progtuning_ds.tasks.sources import Split, load_splits
 
 LABEL, LENGTH = "labels", "length"
@@ -66,7 +66,8 @@ class ClassificationTask:
             ConfigError: one line on a missing column, an empty split, a label out of range, ...
         """
         task = config.task
-        limit = _length_limit(task.max_length, tokenizer, max_positions)
+        assert isinstance(task, ClassificationConfig)
+        limit = length_limit(task.max_length, tokenizer, max_positions)
         splits = load_splits(config.data, config.train.seed)
         for split in splits:
             _check_columns(split, task)
@@ -139,20 +140,6 @@ def _check_columns(split: Split, task: ClassificationConfig) -> None:
         require_text(split, task.pair_column, "task.pair_column")
     require_column(split, task.label_column, "task.label_column")
     require_scalar(split, task.label_column, "task.label_column")
-
-
-def _length_limit(wanted: int | None, tokenizer: PreTrainedTokenizerBase, max_positions: int | None) -> int | None:
-    # A tokenizer without a limit says 1e30.
-    limits = [limit for limit in (tokenizer.model_max_length, max_positions) if limit and limit < 10**9]
-    longest = min(limits, default=None)
-    if wanted is None:
-        return longest
-    special = tokenizer.num_special_tokens_to_add(pair=True)
-    if wanted <= special:
-        raise ConfigError(f"task.max_length must be above {special} (the tokenizer's own tokens), got {wanted}")
-    if longest is not None and wanted > longest:
-        raise ConfigError(f"task.max_length must be at most {longest}, the longest the model reads, got {wanted}")
-    return wanted
 
 
 def _encode(
