@@ -30,6 +30,7 @@ from progtuning_ds.train.progress import make_progress
 from progtuning_ds.train.ranks import Ranks, memory_bytes
 from progtuning_ds.train.records import RecordLog, RunRecord, SessionRecord, StageRecord, read_records
 from progtuning_ds.train.signals import StopSignals
+from progtuning_ds.train.submit import write_submissions
 from progtuning_ds.train.summary import print_summary
 from progtuning_ds.zero.hyper_state import scale_learning_rate
 
@@ -87,6 +88,7 @@ class Session:
         self._say(f"merged model in {self.folder / run_dir.MERGED}")
 
     def _make_folder(self, *, keep: bool) -> None:
+        self.keeper.store.sweep()
         run_dir.make_run_dir(self.folder, keep=keep)
         run_dir.write_inputs(self.folder, self.job.config, self.job.deepspeed, self.job.plan)
 
@@ -101,6 +103,8 @@ class Session:
             try:
                 metrics = loop.run()
                 save_final(built.module, self.job.tokenizer, self.folder / run_dir.FINAL, is_first=self.ranks.is_first)
+                for path in write_submissions(self.job, built.engine, self.ranks, self.folder / run_dir.SUBMISSION):
+                    self._say(f"predictions of the test rows in {path}")
                 return run_record(self.job, self.ranks, metrics, loop.seconds)
             except GuardError as trip:
                 rollbacks = loop.position.rollbacks + 1
@@ -169,14 +173,33 @@ def describe(job: Job) -> list[str]:
     """What is about to happen, for the user to check; one line each."""
     settings, plan = job.settings, job.plan
     return [
-        f"{job.kind}: {job.shape.model_type} with {len(job.blocks)} blocks, {job.counts.total:,} parameters, "
+        f"{job.kind}: {job.shape.model_type} with {len(job.blocks)} blocks, {job.params.numel:,} parameters, "
         f"in {settings.precision}, ZeRO stage {job.zero_stage} on {settings.world_size} rank(s)",
+        *_trainable_report(job),
         *job.task.notes,
         f"{plan.total_steps} steps in {len(plan.stages)} stage(s); {settings.global_batch_size} rows a step = "
         f"{settings.micro_batch_size} x {settings.gradient_accumulation_steps} accumulated x "
         f"{settings.world_size} rank(s); peak learning rate {settings.learning_rate:g}, "
         f"{job.warmup_steps} steps of warm-up",
     ]
+
+
+def _trainable_report(job: Job) -> list[str]:
+    """What a parameter-efficient method trains, in PEFT's words, by stage and summed over the run."""
+    method = job.config.method
+    if method.kind == "full":
+        return []
+    total, run = job.params.numel, job.account
+    base = "" if method.quantization == "none" else f" on a base in {method.quantization}"
+    lines = [f"method: {method.kind}{base}"]
+    for stage in run.stages:
+        params = stage.trainable_params
+        share = 100 * params / total
+        lines.append(
+            f"  stage {stage.index + 1}/{len(run.stages)}: trainable params: {params:,} || all params: {total:,} || "
+            f"trainable%: {share:.4f}"
+        )
+    return [*lines, f"  updated over the run: {run.updated_params:,} of {run.updated_params_full:,} without freezing"]
 
 
 def _who_steps(kernel: str, asked: str) -> str:

@@ -29,7 +29,7 @@ def print_summary(console: Console, run: RunRecord, stages: Sequence[StageRecord
         )
     console.print(table)
     console.print(
-        f"updated parameters {run.updated_params:,} of {run.updated_params_full:,} for full fine-tuning: "
+        f"updated parameters {run.updated_params:,} of {run.updated_params_full:,} without freezing: "
         f"{run.saving:.1%} saved",
         highlight=False,
     )

@@ -104,7 +104,7 @@ def test_the_summary_has_a_row_per_stage_and_what_was_saved() -> None:
     rows = [line.split() for line in out.getvalue().splitlines()]
     assert ["1/2", "2,000", "1.0", "MiB", "80.0", "4.0", "0.7000"] in rows
     assert ["2/2", "1,000", "512.0", "KiB", "80.0", "4.0", "0.7000"] in rows
-    assert "updated parameters 3,000 of 4,000 for full fine-tuning: 25.0% saved" in out.getvalue()
+    assert "updated parameters 3,000 of 4,000 without freezing: 25.0% saved" in out.getvalue()
     assert "validation: accuracy 0.8750  loss 0.4000" in out.getvalue()
 
 
