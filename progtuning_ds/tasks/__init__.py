@@ -5,13 +5,15 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from progtuning_ds.config import RunConfig
-from progtuning_ds.tasks.base import Batch, EncodedRows, Task
+from progtuning_ds.tasks.base import Batch, EncodedRows, Submits, Task
 from progtuning_ds.tasks.causal import CausalTask
 from progtuning_ds.tasks.classification import ClassificationTask
+from progtuning_ds.tasks.glue import GlueTask
 
 # A new kind of task is one more entry here, and its section in config/tasks.py.
 _BUILDERS: dict[str, Callable[[RunConfig, PreTrainedTokenizerBase, int | None], Task]] = {
     "classification": ClassificationTask.build,
+    "glue": GlueTask.build,
     "causal_lm": CausalTask.build,
 }
 
@@ -30,4 +32,4 @@ def build_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positi
     return _BUILDERS[config.task.kind](config, tokenizer, max_positions)
 
 
-__all__ = ["Batch", "CausalTask", "ClassificationTask", "EncodedRows", "Task", "build_task"]
+__all__ = ["Batch", "CausalTask", "ClassificationTask", "EncodedRows", "GlueTask", "Submits", "Task", "build_task"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from datasets import Dataset
 from torch import Tensor, nn
@@ -18,6 +19,20 @@ class EncodedRows:
 
     rows: Dataset
     lengths: Sequence[int]
+
+
+@runtime_checkable
+class Submits(Protocol):
+    """A task that also predicts rows without labels, for a test server."""
+
+    @property
+    def submissions(self) -> Mapping[str, EncodedRows]:
+        """Test splits to predict at the end of a run, by name."""
+        ...
+
+    def write_submission(self, name: str, predictions: Sequence[Any], folder: Path) -> Path:
+        """Write the predictions of all rows of a test split as its server takes them; returns the file."""
+        ...
 
 
 class Task(Protocol):

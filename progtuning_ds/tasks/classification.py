@@ -24,10 +24,10 @@ LABEL, LENGTH = "labels", "length"
 
 @dataclass(frozen=True)
 class RowPrediction:
-    """What the model said of one row, and what was true: class indices, and the cross-entropy in nats."""
+    """What the model said of one row, and what was true: class indices (numbers for regression), and the loss."""
 
-    predicted: int
-    label: int
+    predicted: float
+    label: float
     loss: float
 
 
@@ -149,16 +149,34 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     limit: int | None,
 ) -> EncodedRows:
-    """Tokens of every row, and its class index under LABEL."""
     columns = [name for name in (task.text_column, task.pair_column) if name is not None]
-    indices = labels.encode(split, task.label_column)
+    return encode_texts(split, columns, labels.encode(split, task.label_column), tokenizer, limit)
+
+
+def encode_texts(
+    split: Split,
+    columns: Sequence[str],
+    labels: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+) -> EncodedRows:
+    """Return the tokens of every row's text or pair of texts, and its label under LABEL.
+
+    Args:
+        split: the rows.
+        columns: one or two columns of text.
+        labels: one per row.
+        tokenizer: the model's.
+        limit: tokens after which a text (pair) is cut, if any.
+    """
 
     def tokenize(*texts: list[str]) -> dict[str, list[Any]]:
         encoded = tokenizer(*texts, truncation=limit is not None, max_length=limit)
         return {**encoded, LENGTH: [len(ids) for ids in encoded["input_ids"]]}
 
-    rows = split.rows.select_columns(columns).map(
-        tokenize, batched=True, input_columns=columns, remove_columns=columns, desc=f"tokenizing {split.name}"
+    names = list(columns)
+    rows = split.rows.select_columns(names).map(
+        tokenize, batched=True, input_columns=names, remove_columns=names, desc=f"tokenizing {split.name}"
     )
     lengths = list(rows[LENGTH])
-    return EncodedRows(rows.remove_columns(LENGTH).add_column(LABEL, indices), lengths)
+    return EncodedRows(rows.remove_columns(LENGTH).add_column(LABEL, list(labels)), lengths)

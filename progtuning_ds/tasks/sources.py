@@ -103,7 +103,7 @@ def _read_file(name: str, field: str) -> Split:
 
 def _from_source(data: DataConfig) -> Splits:
     source = data.source or "demo"
-    found = _demo(data.config_name) if source == "demo" else _load(source, data.config_name)
+    found = _demo(data.config_name) if source == "demo" else load_named(source, data.config_name)
     train = _pick(found, data.train_split, source, "train_split")
     test = _pick(found, data.test_split, source, "test_split") if data.test_split else None
     if data.validation_fraction:
@@ -126,7 +126,12 @@ def _demo(config_name: str | None) -> DatasetDict:
     return found.cast_column("label", ClassLabel(names=["negative", "positive"]))
 
 
-def _load(source: str, config_name: str | None) -> DatasetDict:
+def load_named(source: str, config_name: str | None) -> DatasetDict:
+    """Load all splits of a hub data set or of a `save_to_disk` folder.
+
+    Raises:
+        ConfigError: if it cannot be loaded.
+    """
     try:
         if (Path(source) / "dataset_dict.json").is_file():
             return load_from_disk(source)

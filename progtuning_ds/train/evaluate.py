@@ -28,6 +28,12 @@ def evaluate(
     Returns:
         The metrics and the predictions of all rows in order, both on every rank.
     """
+    ordered = predict(task, model, split, ranks, batch_size)
+    return task.metrics(ordered), ordered
+
+
+def predict(task: Task, model: nn.Module, split: EncodedRows, ranks: Ranks, batch_size: int) -> list[Any]:
+    """Return the predictions of all rows of a split in order, on every rank; as `evaluate`, without scores."""
     batches = evaluation_batches(split.lengths, ranks.rank, ranks.world_size, batch_size)
     predictions: list[tuple[int, Any]] = []
     was_training = model.training
@@ -39,8 +45,7 @@ def evaluate(
             answers = task.predict(model, {key: value.to(ranks.device) for key, value in batch.items()})
             predictions += zip(indices, answers, strict=False)
     model.train(was_training)
-    ordered = _merge(ranks.gather(predictions), len(split.rows))
-    return task.metrics(ordered), ordered
+    return _merge(ranks.gather(predictions), len(split.rows))
 
 
 def _merge(shares: Sequence[list[tuple[int, Any]]], num_rows: int) -> list[Any]:

@@ -17,6 +17,7 @@ from progtuning_ds.schedule import StagePlan
 CONFIG, DEEPSPEED, PLAN, PLOT = "config.yaml", "deepspeed.json", "plan.json", "training.png"
 COMPARISON, FINAL, FULL, CHECKPOINTS = "comparison.json", "final", "full", "checkpoints"
 MERGED = "merged"
+SUBMISSION = "submission"
 SUMMARY = "summary.json"
 AUTO, NEVER = "auto", "never"
 """What `--resume` may be beside a path."""
@@ -44,6 +45,7 @@ _ARTIFACTS = (
     PLOT,
     FINAL,
     MERGED,
+    SUBMISSION,
     FULL,
     "steps.jsonl",
     "stages.jsonl",
