@@ -38,7 +38,7 @@ class CheckpointStore:
     def begin(self, step: int) -> Path:
         """Return a new empty folder to write into, after removing what a save that died has left."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
+        self.sweep()
         temporary = self.folder / f"{_NEW}{self.path(step).name}"
         temporary.mkdir()
         return temporary
@@ -61,6 +61,15 @@ class CheckpointStore:
         """Remove what was written of a checkpoint that cannot be finished."""
         shutil.rmtree(temporary, ignore_errors=True)
 
+    def sweep(self) -> None:
+        """Remove what a save or a removal that died has left."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name.startswith((_NEW, _OLD)):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+
     def steps(self) -> list[int]:
         """Steps of all checkpoints, newest first, whether sound or damaged."""
         if not self.folder.is_dir():
@@ -80,7 +89,7 @@ class CheckpointStore:
             if step not in steps:
                 gone = self.folder / f"{_OLD}{self.path(step).name}"
                 self.path(step).rename(gone)  # at once: half a checkpoint must not look like one
-                shutil.rmtree(gone)
+                remove_tree(gone)
 
     def _named(self) -> Path | None:
         try:
@@ -98,13 +107,10 @@ class CheckpointStore:
         new.replace(self.folder / LATEST)
         sync_folder(self.folder)
 
-    def _sweep(self) -> None:
-        for path in self.folder.iterdir():
-            if path.name.startswith((_NEW, _OLD)):
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder that no longer has the name of a checkpoint."""
+    shutil.rmtree(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -16,6 +17,9 @@ from progtuning_ds.errors import CheckpointError, ConfigError, did_you_mean
 from progtuning_ds.train.outcome import CHECKPOINT, DONE, EXPECTED, USER_ERROR, RunEndError
 from progtuning_ds.train.quiet import quiet_libraries
 from progtuning_ds.train.run_dir import NEVER, check_run_dir
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What a disk says that takes no more; one line tells it as well as a traceback."""
 
 _INTRO = """\
 Fine-tunes a pretrained Transformer in stages (Progtuning) on DeepSpeed.
@@ -74,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         _report(error)
         return _code(error)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        _report(error)
+        return CHECKPOINT
     return DONE
 
 

@@ -61,9 +61,13 @@ class PeerWatch:
         if self._store is None:
             return
         if error is None or isinstance(error, self._expected):
-            self._ranks.gather(None)  # nobody leaves while another still looks for it
-            self._left.set()
-            return
+            try:
+                self._ranks.gather(None)  # nobody leaves while another still looks for it
+            except RuntimeError as lost:
+                error = lost
+            else:
+                self._left.set()
+                return
         self._left.set()
         reason = self._first_failure() or self._find_dead(patience=2.0)
         if reason is not None:  # what failed here is a consequence

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -84,8 +86,12 @@ def launch(
             first = time.monotonic()
         if time.monotonic() > deadline or (first is not None and time.monotonic() > first + PROMPTLY):
             for process in processes:
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, signal.SIGUSR2)  # shows where it hangs
+            time.sleep(0.5)
+            for process in processes:
                 process.kill()
-            texts = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs if log.exists())
+            texts = "\n".join(log.read_text(errors="replace")[-6000:] for log in logs if log.exists())
             raise AssertionError(f"ranks did not end by themselves, {[p.exitcode for p in processes]}:\n{texts}")
         time.sleep(0.02)
     now = time.monotonic()
@@ -107,6 +113,7 @@ def _rank_main(
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    faulthandler.register(signal.SIGUSR2, file=2)
     if prepare is not None:
         prepare()
     passed = arm(kill, rank) if kill is not None or count_into is not None else Counter[str]()

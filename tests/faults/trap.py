@@ -12,11 +12,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Kill:
-    """SIGKILL at the `nth` passage of `point`, counted from 1, on the ranks named."""
+    """A signal at the `nth` passage of `point`, counted from 1, on the ranks named; SIGKILL by default."""
 
     point: str
     nth: int
     ranks: tuple[int, ...]
+    signal: int = signal.SIGKILL
 
 
 def points() -> dict[str, tuple[Any, str, bool]]:
@@ -47,8 +48,8 @@ def points() -> dict[str, tuple[Any, str, bool]]:
         "between write and rename": (store.CheckpointStore, "publish", False),
         "between rename and latest": (store.CheckpointStore, "_point_to", False),
         "after latest": (store.CheckpointStore, "_point_to", True),
-        "rotation": (store.shutil, "rmtree", False),
-        "half a rotation": (store.shutil, "rmtree", True),
+        "rotation": (store, "remove_tree", False),
+        "half a rotation": (store, "remove_tree", True),
         "export": (session, "save_final", False),
         "after export": (session, "save_final", True),
     }
@@ -67,7 +68,7 @@ def _wrap(function: Callable[..., Any], name: str, after: bool, passed: Counter[
     def passage() -> None:
         passed[name] += 1
         if kill is not None and passed[name] == kill.nth:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), kill.signal)
 
     def trapped(*args: Any, **kwargs: Any) -> Any:
         if not after:

@@ -68,10 +68,10 @@ def run(
     train_step = loop.TrainingLoop._train_step
     left = list(nan_at)
 
-    def with_trouble(self: Any, step: int, batches: Any) -> None:
+    def with_trouble(self: Any, step: int, *rest: Any) -> None:
         if step == signal_at and dist.get_rank() == dist.get_world_size() - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        train_step(self, step, batches)
+        train_step(self, step, *rest)
         if step in left:
             left.remove(step)
             self._pending[-1].loss *= float("nan")
