@@ -77,7 +77,7 @@ def with_method(model: torch.nn.Module, method: str) -> torch.nn.Module:
 
     model = apply_method(model, Method(kind=method, rank=4, reduction=4))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # Low-rank and bottleneck updates begin at zero, and half of their gradients with them.
             if parameter.requires_grad and not parameter.any():
                 parameter.normal_(std=0.02)
