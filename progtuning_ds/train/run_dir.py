@@ -44,6 +44,7 @@ _ARTIFACTS = (
     PLAN,
     PLOT,
     FINAL,
+    f"{FINAL}.new",
     MERGED,
     SUBMISSION,
     FULL,
@@ -128,6 +129,13 @@ def write_inputs(folder: Path, config: RunConfig, deepspeed: Mapping[str, Any], 
     new.replace(folder / CONFIG)
     (folder / DEEPSPEED).write_text(json.dumps(deepspeed, indent=2) + "\n")
     (folder / PLAN).write_text(json.dumps(plan.to_dict(), indent=2) + "\n")
+
+
+def put_in_place(new: Path, final: Path) -> None:
+    """Give a folder that is complete the name of another, which goes if it is there."""
+    if final.exists():
+        shutil.rmtree(final)
+    new.rename(final)
 
 
 def is_complete(folder: Path) -> bool:

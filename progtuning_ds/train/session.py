@@ -21,6 +21,7 @@ from progtuning_ds.train.keeper import Keeper
 from progtuning_ds.train.loop import TrainingLoop
 from progtuning_ds.train.memory_control import MemoryControl
 from progtuning_ds.train.memory_plan import plan_memory
+from progtuning_ds.train.model_card import write_card
 from progtuning_ds.train.models import load_model
 from progtuning_ds.train.observers import Observer, Observers, Recorder
 from progtuning_ds.train.outcome import GuardStopError
@@ -73,6 +74,8 @@ class Session:
         observer = self._observer()
         try:
             record = self._train(observer, found, "; ".join(passed_over))
+            if self.ranks.is_first:
+                self._describe_model(record)
             observer.run_finished(record)
         finally:
             observer.close()
@@ -80,6 +83,10 @@ class Session:
             if self.job.config.method.merge:
                 self._save_merged()
             self._sum_up()
+
+    def _describe_model(self, record: RunRecord) -> None:
+        stages, sessions = (read_records(self.folder, kind) for kind in (StageRecord, SessionRecord))
+        write_card(self.folder / run_dir.FINAL, self.job, record, stages, sessions)
 
     def _save_merged(self) -> None:
         job = self.job
@@ -102,7 +109,7 @@ class Session:
             loop = TrainingLoop(self.job, built, self.ranks, observer, self.keeper, self.signals, position, memory)
             try:
                 metrics = loop.run()
-                save_final(built.module, self.job.tokenizer, self.folder / run_dir.FINAL, is_first=self.ranks.is_first)
+                self._export(built)
                 for path in write_submissions(self.job, built.engine, self.ranks, self.folder / run_dir.SUBMISSION):
                     self._say(f"predictions of the test rows in {path}")
                 return run_record(self.job, self.ranks, metrics, loop.seconds)
@@ -111,6 +118,12 @@ class Session:
                 found, message, reason = self._way_back(trip, rollbacks), str(trip), "rollback"
             finally:
                 built.close()
+
+    def _export(self, built: Built) -> None:
+        """Write the model beside the place where it belongs, then put it there: it is whole or not there."""
+        new = self.folder / f"{run_dir.FINAL}.new"
+        save_final(built.module, self.job.tokenizer, new, is_first=self.ranks.is_first)
+        on_first(lambda: run_dir.put_in_place(new, self.folder / run_dir.FINAL))
 
     def _build(self, found: Checkpoint | None, rollbacks: int) -> tuple[Built, Position]:
         built = build(self.job, self.ranks)

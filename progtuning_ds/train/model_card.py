@@ -1,0 +1,86 @@
+"""The model card of an export: what it was made of, how, and how well it does. No torch, no deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import yaml
+
+from progtuning_ds.train.job import Job
+from progtuning_ds.train.progress import ranges
+from progtuning_ds.train.records import RunRecord, SessionRecord, StageRecord
+
+CARD = "README.md"
+
+
+def write_card(
+    folder: Path, job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Sequence[SessionRecord]
+) -> None:
+    """Write `README.md` beside an exported model, with the front matter that model hubs read.
+
+    Args:
+        folder: where the model is.
+        job: what was run.
+        run: its summary.
+        stages: its stages.
+        sessions: the processes that ran it, one after the other.
+    """
+    text = "\n".join(_lines(job, run, stages, sessions)) + "\n"
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Sequence[SessionRecord]) -> Iterator[str]:
+    config, settings = job.config, job.settings
+    yield from ("---", yaml.safe_dump(_front_matter(job), sort_keys=False).rstrip(), "---", "")
+    yield f"# {config.model.path}, fine-tuned by {run.kind}"
+    yield ""
+    yield "Progtuning (arXiv 2506.21119) trains in stages: low blocks freeze early, high blocks train longest."
+    yield ""
+    yield f"- Base model: `{config.model.path}` ({job.shape.model_type}, {job.counts.total:,} parameters)"
+    yield f"- Data: {_data(job)}"
+    for note in job.task.notes:
+        yield f"  - {note}"
+    yield (
+        f"- Training: {run.total_steps} steps of {settings.global_batch_size} rows, {config.train.epochs} epochs, peak "
+        f"learning rate {settings.learning_rate:g}, {job.warmup_steps} steps of warm-up, weight decay "
+        f"{settings.weight_decay:g}, {run.precision}, seed {config.train.seed}"
+    )
+    yield f"- On {run.world_size} rank(s) ({run.device}), ZeRO stage {run.zero_stage}, {len(sessions) or 1} session(s)"
+    yield (
+        f"- Updated parameters: {run.updated_params:,} instead of {run.updated_params_full:,} for full fine-tuning "
+        f"({run.saving:.1%} saved)"
+    )
+    yield from ("", "## Stages", "")
+    yield f"| stage | steps | trains | parameters | {run.main_metric} |"
+    yield "|---|---|---|---|---|"
+    for stage in stages:
+        blocks = f"blocks {ranges(stage.trainable_blocks)}" if stage.trainable_blocks else "no block"
+        trains = f"{'embeddings, ' if stage.embeddings else ''}{blocks}, head"
+        metric = stage.metrics.get(run.main_metric)
+        score = "" if metric is None else f"{metric:.4f}"
+        first, last = stage.first_step + 1, stage.first_step + stage.steps
+        yield f"| {stage.stage + 1}/{len(stages)} | {first}-{last} | {trains} | {stage.trainable_params:,} | {score} |"
+    yield from ("", "## Metrics", "")
+    for split, metrics in run.metrics.items():
+        yield f"- {split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    yield from ("", "## Versions", "")
+    yield from (f"- {name} {version}" for name, version in run.versions.items())
+
+
+def _front_matter(job: Job) -> dict[str, object]:
+    data = job.config.data
+    matter: dict[str, object] = {"library_name": "transformers", "tags": ["progtuning", "deepspeed"]}
+    if not Path(job.config.model.path).exists():
+        matter["base_model"] = job.config.model.path  # a local path would mean nothing to a hub
+    if data.source and not Path(data.source).exists():
+        matter["datasets"] = [data.source]
+    matter["metrics"] = [job.task.main_metric]
+    return matter
+
+
+def _data(job: Job) -> str:
+    data = job.config.data
+    if data.train_file:
+        return f"`{Path(data.train_file).name}`"
+    return f"`{data.source or 'demo'}`" + (f" ({data.config_name})" if data.config_name else "")
