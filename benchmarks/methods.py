@@ -1,11 +1,11 @@
 """Every method with and without Progtuning, several seeds each, on the embedded default model and data.
 
-    python benchmarks/methods.py                                   # full, LoRA, adapter, BitFit; 3 seeds; hours on a CPU
+    python benchmarks/methods.py                                  # full, LoRA, adapter, BitFit; 3 seeds; hours on a CPU
     python benchmarks/methods.py --methods lora --seeds 0 -- data.max_train_samples=500
 
-Each run is `launch/demo.sh` with other settings; what follows `--` goes to all of them. Prints a table of accuracy (mean
-and standard deviation over seeds), updated parameters, optimizer state in the last stage and seconds, and writes JSON
-with --output. Runs that are already there are not repeated, so an interrupted table goes on.
+Each run is `launch/demo.sh` with other settings; what follows `--` goes to all of them. Prints a table of accuracy
+(mean and standard deviation over seeds), updated parameters, optimizer state in the last stage and seconds, and writes
+JSON with --output. Runs that are already there are not repeated, so an interrupted table goes on.
 """
 
 from __future__ import annotations
