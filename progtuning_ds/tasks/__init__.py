@@ -9,11 +9,15 @@ from progtuning_ds.tasks.base import Batch, EncodedRows, Submits, Task
 from progtuning_ds.tasks.causal import CausalTask
 from progtuning_ds.tasks.classification import ClassificationTask
 from progtuning_ds.tasks.glue import GlueTask
+from progtuning_ds.tasks.squad import SquadTask
+from progtuning_ds.tasks.tokens import TokenTask
 
 # A new kind of task is one more entry here, and its section in config/tasks.py.
 _BUILDERS: dict[str, Callable[[RunConfig, PreTrainedTokenizerBase, int | None], Task]] = {
     "classification": ClassificationTask.build,
     "glue": GlueTask.build,
+    "squad": SquadTask.build,
+    "token_classification": TokenTask.build,
     "causal_lm": CausalTask.build,
 }
 
@@ -32,4 +36,15 @@ def build_task(config: RunConfig, tokenizer: PreTrainedTokenizerBase, max_positi
     return _BUILDERS[config.task.kind](config, tokenizer, max_positions)
 
 
-__all__ = ["Batch", "CausalTask", "ClassificationTask", "EncodedRows", "GlueTask", "Submits", "Task", "build_task"]
+__all__ = [
+    "Batch",
+    "CausalTask",
+    "ClassificationTask",
+    "EncodedRows",
+    "GlueTask",
+    "SquadTask",
+    "Submits",
+    "Task",
+    "TokenTask",
+    "build_task",
+]

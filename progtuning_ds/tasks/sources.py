@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,9 @@ _READERS = {
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+
+
+Reader = Callable[[Path], Dataset | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +46,18 @@ class Splits:
         yield from (split for split in (self.train, self.evaluation, self.test) if split is not None)
 
 
-def load_splits(data: DataConfig, seed: int) -> Splits:
+def load_splits(data: DataConfig, seed: int, read: Reader | None = None) -> Splits:
     """Load, hold out and limit the rows a run needs.
 
     Args:
         data: where they are.
         seed: seed of the draw where rows are held out or limited.
+        read: reads files of a form of their own; None from it for a file means that it is of no such form.
 
     Raises:
         ConfigError: if a file, data set or split is missing, unreadable or empty.
     """
-    splits = _from_files(data, data.train_file) if data.train_file else _from_source(data)
+    splits = _from_files(data, data.train_file, read) if data.train_file else _from_source(data)
     if data.validation_fraction:
         parts = splits.train.rows.train_test_split(data.validation_fraction, seed=seed)
         held_out = Split(parts["test"], f"{data.validation_fraction:g} of {splits.train.name}")
@@ -74,23 +78,26 @@ def _limit(split: Split, rows: int | None, seed: int) -> Split:
     return Split(split.rows.shuffle(seed=seed).select(range(rows)), split.name)
 
 
-def _from_files(data: DataConfig, train_file: str) -> Splits:
-    train = _read_file(train_file, "data.train_file")
-    test = _read_file(data.test_file, "data.test_file") if data.test_file else None
+def _from_files(data: DataConfig, train_file: str, read: Reader | None) -> Splits:
+    train = _read_file(train_file, "data.train_file", read)
+    test = _read_file(data.test_file, "data.test_file", read) if data.test_file else None
     if data.validation_file:
-        return Splits(train, _read_file(data.validation_file, "data.validation_file"), test)
+        return Splits(train, _read_file(data.validation_file, "data.validation_file", read), test)
     if not data.validation_fraction:
         raise ConfigError("data: nothing to evaluate on; set data.validation_file or data.validation_fraction")
     return Splits(train, train, test)
 
 
-def _read_file(name: str, field: str) -> Split:
+def _read_file(name: str, field: str, read: Reader | None = None) -> Split:
     path = Path(name).expanduser()
     if path.suffix not in _READERS:
         raise ConfigError(f"{field} must be a file of type {', '.join(_READERS)}, got {name!r}")
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         raise ConfigError(f"{field}: no file {name!r}{did_you_mean(path.name, siblings)}")
+    own = read(path) if read is not None else None
+    if own is not None:
+        return Split(own, name)
     builder, options = _READERS[path.suffix]
     try:
         rows = load_dataset(builder, data_files=str(path), split="train", **options)
