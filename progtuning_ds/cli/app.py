@@ -38,6 +38,14 @@ _PLAN_EXAMPLES = """\
   progtuning plan --model ./llama --gpus 4 --memory 24GB --seq-len 1024 --global-batch 64 --output planned
 """
 
+_PROFILE_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  progtuning profile --config my.yaml
+
+  deepspeed --num_gpus 4 --module progtuning_ds.cli profile --config my.yaml --json
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; bad input gives one line on stderr and 2.
@@ -208,3 +216,23 @@ def _paper(
     from progtuning_ds.cli.paper import paper_rows, show_paper
 
     show_paper(paper_rows(), as_json=as_json)
+
+
+@app.command("profile", epilog=_PROFILE_EXAMPLES)
+def _profile(
+    config: Annotated[str, typer.Option(help="Run configuration, as for training.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="section.field=value", help="Overrides of the file.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps per stage.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for profile.json and snapshots.")] = None,
+    snapshot: Annotated[bool, typer.Option(help="Write a PyTorch memory snapshot per stage (CUDA).")] = False,
+) -> None:
+    """Run a few steps of every stage on the longest rows and print predicted beside measured memory.
+
+    Nothing is trained through or saved. Under a launcher it profiles all ranks and shows the first.
+    """
+    from progtuning_ds.cli.profile import profile
+
+    profile(config, tuple(overrides or ()), steps=steps, as_json=as_json, output=output, snapshot=snapshot)

@@ -219,11 +219,16 @@ class Workload:
         buckets = _bucket_bytes(setup, largest)
         gathered = self._gathered(setup)
         held = arriving if batch.accumulation == 1 else complete
+        if setup.zero_stage in (1, 2) and setup.world_size == 1:
+            held *= 2  # measured: alone, a rank keeps what it accumulated beside what backward left
         forward = device | passing
         forward["gradients"] = device.get("gradients", 0) + held
         backward = device | kept_low | {"gradients": device.get("gradients", 0) + complete, "buckets": buckets}
+        # ZeRO-1 and 2 let go of what other ranks update before they make their copy.
+        partitioned = setup.zero_stage > 0 and not setup.fp32_gradients
         step = device | {
-            "gradients": device.get("gradients", 0) + complete,
+            "gradients": device.get("gradients", 0)
+            + (min(complete, setup.element * owned) if partitioned else complete),
             "step": copied,
         }
         if setup.zero_stage == 3:

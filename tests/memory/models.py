@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.memory.live import LiveBytes
+from progtuning_ds.train.tensor_bytes import TensorBytes
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -58,7 +58,7 @@ def peak_of_a_pass(mode: FakeTensorMode, model: torch.nn.Module, rows: int, seq_
         ids = torch.zeros((rows, seq_len), dtype=torch.long)
         labels = ids if "LM" in type(model).__name__ else torch.zeros(rows, dtype=torch.long)
         drop_gradients(model.parameters())
-        live = LiveBytes()
+        live = TensorBytes()
         live.ignore(model.parameters())
         with live:
             loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
