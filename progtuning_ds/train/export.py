@@ -31,10 +31,20 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     if is_first:
         adapters = getattr(model, "bottleneck_config", None)
         if adapters is None:
-            model.save_pretrained(folder, state_dict=state)
+            model.save_pretrained(folder, state_dict=state, **_names_as_they_are(model))
         else:
             save_bottlenecks({name: state[name] for name in bottleneck_state(model, adapters)}, adapters, folder)
         tokenizer.save_pretrained(folder)
+
+
+def _names_as_they_are(model: PreTrainedModel) -> dict[str, bool]:
+    """Keep transformers from renaming to what a model was called before it was renamed while loading.
+
+    Under ZeRO-3 it would write `LayerNorm.gamma` for a base model whose file says `LayerNorm.weight`: it takes every
+    renaming it knows for one that was needed. PEFT's own `save_pretrained` renames nothing and knows no such argument.
+    """
+    sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return {"save_original_format": False} if sharded and not isinstance(model, PeftModel) else {}
 
 
 def save_merged(
