@@ -51,6 +51,8 @@ _ARTIFACTS = (
     "steps.jsonl",
     "stages.jsonl",
     "memory.jsonl",
+    "report.html",
+    "report",
     "evaluations.jsonl",
     "checkpoints.jsonl",
     "sessions.jsonl",

@@ -30,6 +30,7 @@ from progtuning_ds.train.position import Position, rewind_records
 from progtuning_ds.train.progress import make_progress
 from progtuning_ds.train.ranks import Ranks, memory_bytes
 from progtuning_ds.train.records import RecordLog, RunRecord, SessionRecord, StageRecord, read_records
+from progtuning_ds.train.report import write_report
 from progtuning_ds.train.signals import StopSignals
 from progtuning_ds.train.submit import write_submissions
 from progtuning_ds.train.summary import print_summary
@@ -176,6 +177,7 @@ class Session:
         print_summary(self.console, run, stages)
         if self.job.config.logging.plot:
             draw_training(self.folder, self.folder / run_dir.PLOT)
+            self._say(f"report in {write_report(self.folder)}")
         self._say(f"model in {self.folder / run_dir.FINAL}, records in {self.folder}")
 
     def _say(self, line: str) -> None:
