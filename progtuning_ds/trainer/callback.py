@@ -119,7 +119,12 @@ class ProgtuningCallback(TrainerCallback):
         if trainer.is_deepspeed_enabled:
             from progtuning_ds.engine import StageEngine  # not at the top: this imports DeepSpeed
 
-            engine = trainer.accelerator.deepspeed_engine_wrapped.engine
+            wrapper = trainer.accelerator.deepspeed_engine_wrapped
+            if wrapper is None:
+                raise ConfigError(
+                    "accelerate has prepared no DeepSpeed engine, as in a second train(); make a new Trainer"
+                )
+            engine = wrapper.engine
             self.stages = StageEngine(engine, plan, blocks, lr_scheduler=trainer.lr_scheduler, kernel=self.kernel)
             engine.save_checkpoint = _with_frozen(engine.save_checkpoint)
         else:

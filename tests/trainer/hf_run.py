@@ -76,6 +76,7 @@ def hf_train(
     resume: str | None = None,
     drop_rows: int = 0,
     late: bool = False,
+    runs: int = 1,
     **arguments: Any,
 ) -> Told:
     """Train with a `Trainer` on this rank, one line apart from any other script."""
@@ -133,7 +134,8 @@ def hf_train(
     )
     if late:
         trainer.add_callback(ours)
-    trainer.train(resume_from_checkpoint=resume)
+    for _ in range(runs):
+        trainer.train(resume_from_checkpoint=resume)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = trainer.evaluate()
     assert ours.stages is not None

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from progtuning_ds import ProgtuningCallback
+from progtuning_ds.errors import ConfigError
 from progtuning_ds.train.records import EvaluationRecord, StepRecord, read_records
 from tests.ranks import RankPools
 from tests.train import tiny
@@ -118,7 +120,7 @@ def test_a_trainer_with_the_callback_loses_what_the_own_loop_does(
     [(1, None), (2, None), (2, zero(2)), (2, zero(3))],
     ids=["alone", "ddp", "zero2", "zero3"],
 )
-@pytest.mark.parametrize("saved", [5, 12])
+@pytest.mark.parametrize("saved", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_where_an_unbroken_one_does(
     ranks: RankPools, sources: Path, tmp_path: Path, world_size: int, deepspeed: dict | None, saved: int
 ) -> None:
@@ -207,3 +209,55 @@ def test_embeddings_that_freeze_and_a_custom_plan(ranks: RankPools, sources: Pat
         assert told[0].losses == pytest.approx(runs[0][0].losses, abs=3e-5)
         assert told[0].stages == [1, 2]
         assert told[0].trainable == runs[0][0].trainable
+
+
+def test_a_second_run_of_the_same_trainer_starts_with_all_blocks(
+    ranks: RankPools, sources: Path, tmp_path: Path
+) -> None:
+    once, twice = (
+        ranks(2).run(
+            hf_train, model_dir=str(sources / "model"), output=str(tmp_path), world_size=2, stages=3, runs=runs
+        )
+        for runs in (1, 2)
+    )
+    assert once[0].stages == twice[0].stages == [1, 2]
+    assert once[0].trainable == twice[0].trainable
+    assert twice[0].held == once[0].held
+
+
+def test_what_does_not_fit_is_one_line(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
+    common = {"model_dir": str(sources / "model"), "output": str(tmp_path), "world_size": 1}
+    with pytest.raises(AssertionError, match=r"num_stages must be given where max_steps is \(4\)"):
+        ranks(1).run(hf_train, **common, stages=None, max_steps=4)
+    with pytest.raises(ConfigError, match="length_unit must be one of fractions, steps, got 'epochs'"):
+        ProgtuningCallback(3, length_unit="epochs")
+
+
+def test_sft_trainer_of_trl_needs_no_change(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed; pip install trl")
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM
+
+    from tests.tasks import tiny_lm
+
+    ours = ProgtuningCallback(3)
+    trainer = trl.SFTTrainer(
+        model=LlamaForCausalLM(tiny_lm.config()),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=2,
+            num_train_epochs=3,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"text": tiny_lm.texts(8)}),
+        processing_class=tiny_lm.tokenizer(),
+        callbacks=[ours],
+    )
+    trainer.train()
+    assert isinstance(trainer, trl.SFTTrainer)
+    assert [transition.stage for transition in ours.transitions] == [1, 2]
+    assert min(sum(transition.released_bytes.values()) for transition in ours.transitions) > 0
