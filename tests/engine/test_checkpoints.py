@@ -47,17 +47,17 @@ def saved(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     return train
 
 
-def train_save_and_go_on(flavour: str, mode: str, folder: str) -> tuple[Run, Run]:
+def train_save_and_go_on(flavour: str, mode: str, folder: str, kernel: str = "deepspeed") -> tuple[Run, Run]:
     phases, groups = MODES[mode]
-    engine, stages = build_staged(ALL[flavour], phases, groups)
+    engine, stages = build_staged(ALL[flavour], phases, groups, options={"kernel": kernel})
     run_until(engine, stages, range(SAVED_AT))
     engine.save_checkpoint(folder, tag="here", client_state={"step": SAVED_AT})
     return everything(engine), finish(engine, stages, phases)
 
 
-def resume_and_finish(flavour: str, mode: str, folder: str) -> tuple[Run, Run]:
+def resume_and_finish(flavour: str, mode: str, folder: str, kernel: str = "deepspeed") -> tuple[Run, Run]:
     phases, groups = MODES[mode]
-    engine, stages = build_staged(ALL[flavour], phases, groups)
+    engine, stages = build_staged(ALL[flavour], phases, groups, options={"kernel": kernel})
     for first in range(SAVED_AT):
         stages.advance(first)  # through the same stages, without a step
     path, client_state = engine.load_checkpoint(folder, tag="here")
@@ -96,6 +96,18 @@ def test_a_checkpoint_resumes_to_the_bit(ranks: RankPools, saved: Saved, name: s
     for (when_saved, through_end), (when_loaded, resumed_end) in zip(through, resumed, strict=True):
         assert_same(when_loaded, when_saved, EXACT)
         assert_same(resumed_end, through_end, going_on)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("zero2-bf16", "rotating"), ("zero3-fp32", "planned")])
+def test_a_checkpoint_of_the_fused_step_resumes_to_the_bit(
+    ranks: RankPools, tmp_path: Path, name: str, mode: str
+) -> None:
+    where = {"flavour": name, "mode": mode, "folder": str(tmp_path), "kernel": "reference"}
+    through = ranks(2).run(train_save_and_go_on, **where)
+    resumed = ranks(2).run(resume_and_finish, **where)
+    for (when_saved, through_end), (when_loaded, resumed_end) in zip(through, resumed, strict=True):
+        assert_same(when_loaded, when_saved, EXACT)
+        assert_same(resumed_end, through_end, EXACT)
 
 
 @pytest.mark.parametrize(("name", "mode"), EXPORTED)
