@@ -17,6 +17,7 @@ from progtuning_ds.errors import CheckpointError, ConfigError, did_you_mean
 from progtuning_ds.train.outcome import CHECKPOINT, DONE, EXPECTED, USER_ERROR, RunEndError
 from progtuning_ds.train.quiet import quiet_libraries
 from progtuning_ds.train.run_dir import NEVER, check_run_dir
+from progtuning_ds.train.seeds import parse_seeds
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What a disk says that takes no more; one line tells it as well as a traceback."""
@@ -72,7 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code, one of those in `progtuning_ds.train.outcome`."""
     try:
         config, args = parse(argv)
-        check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite, resume=args.resume)
+        _check_modes(args)
+        if not args.dry_run and args.seeds is None:
+            check_run_dir(Path(config.output_dir).expanduser(), overwrite=args.overwrite, resume=args.resume)
         quiet_libraries(config.logging)
         _run(config, args)
     except EXPECTED as error:
@@ -87,11 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(config: RunConfig, args: argparse.Namespace) -> None:
-    from progtuning_ds.train.program import run_program  # not at the top: this imports torch and DeepSpeed
+    # Not at the top: this imports torch and DeepSpeed.
+    from progtuning_ds.train.program import run_dry, run_program, run_with_seeds
     from progtuning_ds.train.ranks import leave_ranks
 
     try:
-        run_program(config, compare=args.compare, overwrite=args.overwrite, resume=args.resume)
+        if args.dry_run:
+            run_dry(config)
+        elif args.seeds is not None:
+            run_with_seeds(config, args.seeds, overwrite=args.overwrite, resume=args.resume)
+        else:
+            run_program(config, compare=args.compare, overwrite=args.overwrite, resume=args.resume)
     except EXPECTED:  # which all ranks raise together; a crash must not wait for them
         leave_ranks()
         raise
@@ -118,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compare", action="store_true", help="also train without freezing, and print both side by side"
     )
+    parser.add_argument("--dry-run", action="store_true", help="check, fetch a batch, print the plan; no training")
+    parser.add_argument(
+        "--seeds", metavar="0,1,2", help="train once per seed and print mean and spread; replaces train.seed"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in output_dir")
     parser.add_argument(
         "--resume",
@@ -127,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher; the environment has it
     return parser
+
+
+def _check_modes(args: argparse.Namespace) -> None:
+    given = [name for name in ("compare", "dry_run", "seeds") if getattr(args, name)]
+    if len(given) > 1:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"{options} do not go together; give one of them")
+    if args.seeds is not None:
+        args.seeds = parse_seeds(args.seeds)
 
 
 def _flag(text: str) -> bool:

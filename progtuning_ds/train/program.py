@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from progtuning_ds.config import RunConfig
+from progtuning_ds.errors import ConfigError
 from progtuning_ds.train import run_dir
+from progtuning_ds.train.dry_run import show_job
 from progtuning_ds.train.engine_config import check_engine_config
 from progtuning_ds.train.job import Job, prepare_job, without_freezing
 from progtuning_ds.train.outcome import EXPECTED
 from progtuning_ds.train.peers import PeerWatch
 from progtuning_ds.train.ranks import Ranks, hardware, start_ranks
 from progtuning_ds.train.run_dir import AUTO, NEVER
-from progtuning_ds.train.session import Session, read_run
+from progtuning_ds.train.seeds import print_seeds, run_seeds, seed_configs, write_seeds
+from progtuning_ds.train.session import Session, describe, read_run
 from progtuning_ds.train.signals import StopSignals
 from progtuning_ds.train.summary import print_comparison
 
@@ -54,6 +57,59 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
             resume = AUTO if resume != NEVER else NEVER
     if compare and ranks.is_first:
         _compare(console, [Path(one.config.output_dir).expanduser() for one in jobs])
+
+
+def run_dry(config: RunConfig) -> None:
+    """Check everything that can be checked without weights, fetch a batch and print the plan. Called by every rank.
+
+    Raises:
+        ConfigError: one line on what is wrong.
+    """
+    ranks = start_ranks()
+    console = make_console(ranks)
+    job = ranks.local_first(lambda: _prepare(config, ranks))
+    for line in describe(job):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    show_job(job, ranks, console)
+
+
+def run_with_seeds(config: RunConfig, seeds: Sequence[int], *, overwrite: bool = False, resume: str = NEVER) -> None:
+    """Fine-tune once per seed, each in a directory of its own, and print mean and spread. Called by every rank.
+
+    Args:
+        config: the run; `train.seed` is replaced.
+        seeds: different numbers.
+        overwrite: whether runs in the same directories may be replaced.
+        resume: `never`, or `auto` to go on with every seed where it was.
+
+    Raises:
+        ConfigError: one line on what is wrong, before any weight is loaded.
+        CheckpointError: if there is no checkpoint to go on from, or none can be written.
+        RunEndError: if a signal ended the run; a seed that its guard ends does not end the others.
+    """
+    if resume not in (AUTO, NEVER):
+        raise ConfigError(f"--resume must be auto or never with --seeds, got {resume!r}")
+    configs = seed_configs(config, seeds)
+    folders = [Path(one.output_dir).expanduser() for one in configs]
+    for one, folder in zip(configs, folders, strict=True):
+        run_dir.check_run_dir(folder, overwrite=overwrite, resume=resume)
+        if resume == AUTO:
+            run_dir.check_same_settings(folder, one)
+    ranks = start_ranks()
+    console = make_console(ranks)
+
+    def train(one: RunConfig) -> Mapping[str, Mapping[str, float]]:
+        job = ranks.local_first(lambda: _prepare(one, ranks))
+        console.print(f"seed {one.train.seed}", style="bold")
+        with PeerWatch(ranks, EXPECTED), StopSignals(ranks, enabled=one.checkpoint.on_signal) as signals:
+            Session(job, ranks, console, signals).run(resume)
+        metrics = read_run(Path(one.output_dir).expanduser())[0].metrics if ranks.is_first else None
+        return ranks.gather(metrics)[0]
+
+    results = run_seeds(configs, train)
+    if ranks.is_first:
+        print_seeds(console, results)
+        write_seeds(folders[0].parent, results)
 
 
 def _prepare(config: RunConfig, ranks: Ranks) -> Job:
