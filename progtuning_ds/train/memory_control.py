@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from progtuning_ds.memory import format_bytes
 from progtuning_ds.schedule import Stage
 from progtuning_ds.tasks import Batch
 from progtuning_ds.train.assembly import Built
+from progtuning_ds.train.host_state import HostMoments
 from progtuning_ds.train.memory_plan import MemoryPlan
 from progtuning_ds.train.memory_use import MemoryUse, reset_peak
 from progtuning_ds.train.outcome import MemoryBudgetError
@@ -44,6 +46,9 @@ class MemoryControl:
         self._rows = plan.batches[0].micro_batch * plan.batches[0].accumulation
         self._on_probation = False
         self._fell_back = False
+        self._away: HostMoments | None = None
+        if plan.setups[0].host_parts:
+            self._away = HostMoments(built.stages.adapter.torch_optimizer, len(plan.setups))
 
     # ---- boundaries --------------------------------------------------------------------------------------------
 
@@ -71,6 +76,10 @@ class MemoryControl:
             self.say(
                 f"  {size} rows per pass instead of {before}: {engine.gradient_accumulation_steps()} passes per step"
             )
+        if self._away is not None:
+            came = self._away.keep_away(self.plan.setups[stage.index].host_parts)
+            if came:
+                self.say(f"  {format_bytes(came)} of moments moved from host memory to the device")
         reset_peak()
 
     def record(self, stage: Stage) -> MemoryRecord:

@@ -186,8 +186,23 @@ def _enlarge(load: Workload, setup: EngineSetup, batch: Batch, stage: int, budge
 
 
 def _host_parts(job: Job, load: Workload) -> tuple[int, ...]:
+    """Parts whose moments wait in host memory, by the stage after which they leave."""
+    wanted, zero = job.config.memory.host_state, job.deepspeed.get("zero_optimization", {})
+    if wanted == "none":
+        return ()
+    obstacles = {
+        "deepspeed offloads the optimizer already": bool(zero.get("offload_optimizer")),
+        "ZeRO stage 0 steps all groups at once": job.zero_stage == 0,
+        f"optimizer.kernel {job.config.optimizer.kernel} updates all groups in one pass": (
+            job.config.optimizer.kernel != "deepspeed"
+        ),
+        "the stages do not only shrink": not job.plan.is_shrinking,
+    }
+    for reason, stands in obstacles.items():
+        if stands:
+            raise ConfigError(f"memory.host_state must be none here, got {wanted}: {reason}")
     leaving = sorted({group.last_stage for group in load.groups(0)})
-    return {"none": (), "lowest_part": tuple(leaving[:1]), "all": tuple(leaving)}[job.config.memory.host_state]
+    return tuple(leaving[:1]) if wanted == "lowest_part" else tuple(leaving)
 
 
 def _unoffload(load: Workload, setup: EngineSetup, batch: Batch, stage: int, budget: Budget) -> EngineSetup:

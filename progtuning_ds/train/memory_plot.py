@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from progtuning_ds.memory import CATEGORIES
+from progtuning_ds.memory import CATEGORIES, format_bytes
 
 # Told apart without colour vision: Paul Tol's muted scheme, one colour for each category wherever it is drawn.
 COLOURS = dict(
@@ -29,6 +29,7 @@ COLOURS = dict(
     )
 )
 _OTHER = "#DDDDDD"
+_FAR = 4
 GIB, MIB = 2**30, 2**20
 
 
@@ -66,7 +67,10 @@ def stack_bars(
     axes: Any, bars: Sequence[Mapping[str, int]], labels: Sequence[str], *, budget: int | None = None, reserve: int = 0
 ) -> None:
     """Draw the bars of ``draw_stages`` into axes of matplotlib."""
-    highest = max([sum(bar.values()) + reserve for bar in bars] + [budget or 0])
+    highest = max(sum(bar.values()) for bar in bars)
+    if budget is not None and budget > _FAR * (highest + reserve):
+        budget, reserve = None, 0  # a line far above would flatten the bars
+    highest = max(highest + reserve, budget or 0)
     unit, name = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
     places = range(len(bars))
     base = [0.0] * len(bars)
@@ -78,7 +82,9 @@ def stack_bars(
         axes.bar(places, heights, 0.7, base, color=colour, edgecolor="white", label=category.replace("_", " "))
         base = [below + height for below, height in zip(base, heights, strict=True)]
     for place, height in zip(places, base, strict=True):
-        axes.annotate(f"{height:.3g}", (place, height + reserve / unit), ha="center", va="bottom", fontsize=9)
+        axes.annotate(
+            format_bytes(height * unit), (place, height + reserve / unit), ha="center", va="bottom", fontsize=9
+        )
     if reserve:
         heights = [reserve / unit] * len(bars)
         axes.bar(places, heights, 0.7, base, color="none", edgecolor="#888888", hatch="///", label="reserve")

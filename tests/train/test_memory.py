@@ -139,3 +139,78 @@ def test_predicted_states_are_those_that_the_run_measured(ranks: RankPools, sour
             assert record.predicted[name] == record.measured[name] > 0
         assert record.measured_peak > 0
         assert record.budget == 64 * 10**9
+
+
+def run_with_moments(ranks: RankPools, sources: Path, folder: Path, deepspeed: str, **memory: Any) -> Path:
+    given = settings(
+        sources,
+        folder,
+        schedule={"num_stages": 2},
+        train={"epochs": 2, "global_batch_size": 12, "micro_batch_size": 6},
+        memory=memory,
+        deepspeed=deepspeed,
+    )
+    ranks(2).run(train, given=given)
+    return folder
+
+
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_moments_that_wait_elsewhere_change_no_bit(
+    ranks: RankPools, sources: Path, tmp_path: Path, deepspeed: str
+) -> None:
+    here = run_with_moments(ranks, sources, tmp_path / "here", deepspeed)
+    for number, memory in enumerate(
+        [
+            {"host_state": "lowest_part"},
+            {"host_state": "all"},
+            {"host_state": "all", "reinvest": "unoffload", "budget": "64GB"},
+        ]
+    ):
+        away = run_with_moments(ranks, sources, tmp_path / f"away{number}", deepspeed, **memory)
+        assert losses(away) == losses(here)
+        first, second = read_records(away, MemoryRecord)
+        if "reinvest" in memory:
+            assert not first.predicted_host  # there is room from the start
+        else:
+            assert first.predicted_host["exp_avg"] > 0
+        assert bool(second.predicted_host) == (memory == {"host_state": "all"})
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "sections", "words"),
+    [
+        ("zero2_offload", {}, "deepspeed offloads the optimizer already"),
+        ("single_gpu", {}, "ZeRO stage 0"),
+        ("zero2", {"optimizer": {"kernel": "reference"}}, "optimizer.kernel reference"),
+    ],
+)
+def test_moments_cannot_wait_everywhere(
+    ranks: RankPools, sources: Path, tmp_path: Path, deepspeed: str, sections: dict[str, Any], words: str
+) -> None:
+    given = settings(sources, tmp_path / "run", memory={"host_state": "all"}, deepspeed=deepspeed, **sections)
+    for said in ranks(2).run(refused, given=given):
+        assert "memory.host_state must be none here, got all" in said
+        assert words in said
+
+
+def paged() -> list[int]:
+    """Bytes of moments that are away after a step, after they came home, and whether they came home whole."""
+    from progtuning_ds.train.host_state import HostMoments
+
+    weights = [torch.nn.Parameter(torch.ones(300_000)) for _ in range(2)]
+    groups = [{"params": [p], "name": f"part{i}.decay"} for i, p in enumerate(weights)]
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    away = HostMoments(optimizer, 3)
+    away.keep_away([0])
+    for p in weights:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    seen = [away.waiting_bytes(), away.keep_away([]), away.waiting_bytes()]
+    return [
+        *seen,
+        *(int(optimizer.state[p]["exp_avg"].eq(optimizer.state[weights[1]]["exp_avg"]).all()) for p in weights),
+    ]
+
+
+def test_moments_come_home_whole() -> None:
+    assert paged() == [2 * 4 * 300_000, 2 * 4 * 300_000, 0, 1, 1]
