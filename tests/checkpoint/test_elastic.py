@@ -15,11 +15,11 @@ SAVED_AT = 3  # in the second of three stages
 CLOSE = 2e-5
 QUICK = [
     ("zero2-fp32", 2, "zero2-fp32", 1),
-    ("zero2-fp32", 2, "zero3-fp32", 4),
     ("zero3-fp32", 2, "zero1-fp32", 1),
     ("zero1-fp32", 1, "zero2-fp32", 2),
 ]
 REST = [
+    ("zero2-fp32", 2, "zero3-fp32", 4),
     ("zero3-fp32", 4, "zero2-offload-fp32", 2),
     ("zero2-offload-fp32", 2, "zero3-fp32", 2),
     ("zero0-fp32", 2, "zero3-fp32", 1),

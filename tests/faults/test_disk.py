@@ -65,6 +65,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_has_no_room_is_not_begun(bench: Bench, small_disk: Path, tmp_path: Path) -> None:
     ended = launch(bench.arguments(small_disk / "run", "zero2"), tmp_path / "logs")
     assert ended.codes == (CHECKPOINT, CHECKPOINT), ended.said
@@ -73,6 +74,7 @@ def test_a_checkpoint_that_has_no_room_is_not_begun(bench: Bench, small_disk: Pa
     assert list((small_disk / "run" / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_told_in_one_line(bench: Bench, small_disk: Path, tmp_path: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     ended = launch(bench.arguments(small_disk / "run", "zero2"), tmp_path / "logs")

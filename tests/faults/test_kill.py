@@ -21,7 +21,7 @@ QUICK = [
     ("zero2", "half an engine step", 5, (1,)),
     ("zero2", "half a retarget", 1, (0, 1)),
     ("zero2", "between write and rename", 2, (0,)),
-    ("zero2", "between files", 3, (1,)),
+    pytest.param("zero2", "between files", 3, (1,), marks=pytest.mark.slow),
 ]
 
 

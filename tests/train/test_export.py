@@ -29,7 +29,10 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize(("deepspeed", "precision"), [("zero2", "fp32"), ("zero3", "bf16"), ("zero1", "bf16")])
+@pytest.mark.parametrize(
+    ("deepspeed", "precision"),
+    [("zero2", "fp32"), ("zero3", "bf16"), pytest.param("zero1", "bf16", marks=pytest.mark.slow)],
+)
 def test_what_never_trained_is_the_base_and_what_froze_is_as_it_froze(
     ranks: RankPools, sources: Path, tmp_path: Path, deepspeed: str, precision: str
 ) -> None:

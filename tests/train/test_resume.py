@@ -192,6 +192,7 @@ def no_dropout(sources: Path) -> Path:
     return folder if folder.exists() else tiny.save_model(folder)
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_are_kept(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
     given = settings(
         sources,
@@ -243,6 +244,7 @@ def test_a_rollback_goes_on_from_the_last_checkpoint_with_a_lower_rate(
         assert one.learning_rate == pytest.approx(other.learning_rate / 4)
 
 
+@pytest.mark.slow
 def test_a_run_that_never_gets_better_stops_after_all(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
     given = settings(
         sources,
