@@ -46,6 +46,16 @@ _PROFILE_EXAMPLES = """\
   deepspeed --num_gpus 4 --module progtuning_ds.cli profile --config my.yaml --json
 """
 
+_PROBE_EXAMPLES = """\
+[bold]Examples[/bold]
+
+  progtuning probe --config my.yaml --steps 200 --output probe/
+
+  progtuning probe --config my.yaml --fast
+
+  deepspeed --num_gpus 4 --module progtuning_ds.cli probe --config my.yaml --output probe/
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; bad input gives one line on stderr and 2.
@@ -236,3 +246,25 @@ def _profile(
     from progtuning_ds.cli.profile import profile
 
     profile(config, tuple(overrides or ()), steps=steps, as_json=as_json, output=output, snapshot=snapshot)
+
+
+@app.command("probe", epilog=_PROBE_EXAMPLES)
+def _probe(
+    config: Annotated[str, typer.Option(help="Run configuration, as for training.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="section.field=value", help="Overrides of the file.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps for each block.", show_default="those of the run")
+    ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Estimate by gradients in one pass, without training.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for probe.json and probe.png.")] = None,
+) -> None:
+    """Show what each block contributes: train embeddings, head and one block at a time, as in the paper's first figure.
+
+    Nothing is saved of the models. Under a launcher all ranks take part and the first one speaks.
+    """
+    from progtuning_ds.cli.probe import probe
+
+    probe(config, tuple(overrides or ()), steps=steps, fast=fast, as_json=as_json, output=output)
