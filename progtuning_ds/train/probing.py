@@ -117,7 +117,8 @@ def _train(job: Job, ranks: Ranks, block: int | None, steps: int) -> dict[str, f
 
 def _by_gradient(job: Job, ranks: Ranks, steps: int) -> Probe:
     set_seed(job.config.train.seed)
-    model: Any = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision).to(ranks.device)
+    model: Any = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision)
+    model.to(ranks.device)
     model.eval()  # the gradient of the loss itself, without dropout's noise
     blocks = discover_blocks(model, path=job.config.model.blocks)
     passes = 0
