@@ -154,7 +154,8 @@ def run_with_moments(ranks: RankPools, sources: Path, folder: Path, deepspeed: s
     return folder
 
 
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero1", "zero2", "zero3"])
 def test_moments_that_wait_elsewhere_change_no_bit(
     ranks: RankPools, sources: Path, tmp_path: Path, deepspeed: str
 ) -> None:
@@ -206,11 +207,9 @@ def paged() -> list[int]:
         p.grad = torch.full_like(p, 2.0)
     optimizer.step()
     seen = [away.waiting_bytes(), away.keep_away([]), away.waiting_bytes()]
-    return [
-        *seen,
-        *(int(optimizer.state[p]["exp_avg"].eq(optimizer.state[weights[1]]["exp_avg"]).all()) for p in weights),
-    ]
+    home, never_away = (optimizer.state[p]["exp_avg"] for p in weights)
+    return [*seen, int(torch.equal(home, never_away))]
 
 
 def test_moments_come_home_whole() -> None:
-    assert paged() == [2 * 4 * 300_000, 2 * 4 * 300_000, 0, 1, 1]
+    assert paged() == [2 * 4 * 300_000, 2 * 4 * 300_000, 0, 1]
