@@ -124,6 +124,10 @@ class TrainConfig:
     """Steps of linear warm-up; replaces warmup_ratio."""
     warmup_ratio: Share | None = None
     """Share of all steps spent in linear warm-up; 0.1."""
+    boundary_warmup_steps: CountOrZero = 0
+    """Steps of linear warm-up again after each stage boundary, against instability; 0 for none."""
+    stage_lr_factor: Positive = 1.0
+    """The learning rate is multiplied by this at each stage boundary; 1 leaves the schedule as it is."""
     max_grad_norm: NotNegative | None = None
     """Gradients are clipped to this global norm; 0 turns clipping off; 1.0."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -132,6 +136,11 @@ class TrainConfig:
     """Put rows of similar length into the same step, which saves padding. The order stays a function of the seed."""
     seed: CountOrZero = 0
     """Seed of the new head, dropout, and the order of rows."""
+
+    @property
+    def changes_rate_at_boundaries(self) -> bool:
+        """Whether the learning rate does more at a stage boundary than its schedule says."""
+        return self.boundary_warmup_steps > 0 or self.stage_lr_factor != 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

@@ -240,8 +240,13 @@ def _settle_precision(train: TrainConfig, source: DeepSpeedSource, hardware: Har
 def _settle_scheduler(train: TrainConfig, source: DeepSpeedSource) -> str | None:
     stated = source.get("scheduler.type")
     wanted = train.lr_scheduler_type
-    if stated is None:
+    if stated is None or (source.is_preset and train.changes_rate_at_boundaries):
         return wanted or "linear"
+    if train.changes_rate_at_boundaries:
+        raise ConfigError(
+            f"train.boundary_warmup_steps and stage_lr_factor need a scheduler of train.lr_scheduler_type, but "
+            f"scheduler.type is {stated} in {source.name}; remove it there"
+        )
     if wanted is None or _SAME_SCHEDULER.get(wanted) == stated:
         return None
     if source.is_preset:  # a preset's scheduler is a default, not a wish

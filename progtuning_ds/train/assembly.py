@@ -19,6 +19,7 @@ from progtuning_ds.optim import register_optimizer
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.models import load_model, method_of
 from progtuning_ds.train.ranks import Ranks
+from progtuning_ds.train.rates import boundary_factor, follow_boundaries
 from progtuning_ds.zero.cpu_adam import forget_history
 
 
@@ -73,6 +74,12 @@ def _scheduler(job: Job) -> Callable[[torch.optim.Optimizer], Any] | None:
     name = job.settings.lr_scheduler_type
     if name is None:
         return None  # the DeepSpeed JSON's own
-    return lambda optimizer: get_scheduler(
-        name, optimizer, num_warmup_steps=job.warmup_steps, num_training_steps=job.plan.total_steps
-    )
+    train = job.config.train
+    factor = boundary_factor(job.plan, train.boundary_warmup_steps, train.stage_lr_factor)
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        steps = {"num_warmup_steps": job.warmup_steps, "num_training_steps": job.plan.total_steps}
+        scheduler: Any = get_scheduler(name, optimizer, **steps)
+        return follow_boundaries(scheduler, factor) if train.changes_rate_at_boundaries else scheduler
+
+    return make
