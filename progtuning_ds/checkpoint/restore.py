@@ -173,7 +173,7 @@ class _Filler:
         self._check_optimizer()
         state = self.optimizer.state[buffer.master]
         for kind in sorted(source["kinds"].keys() - {MASTER}):
-            dtype = self.reader.read(file, source["kinds"][kind], 0, 0).dtype
+            dtype = self.reader.dtype(file, source["kinds"][kind])
             if not torch.is_tensor(state.get(kind)) or state[kind].shape != buffer.master.shape:
                 state[kind] = torch.zeros_like(buffer.master, dtype=dtype, memory_format=torch.contiguous_format)
             for span in buffer.spans:

@@ -2,7 +2,8 @@
 
 The format is a length, a JSON header and raw bytes (https://github.com/huggingface/safetensors). It is written here
 and not by the library so that bytes go from a device to the file one tensor at a time, are hashed on the way, reach
-the disk before anyone is told, and a full disk is an `OSError`. It is read by the library.
+the disk before anyone is told, and a full disk is an `OSError`. It is read here too, slice by slice into its own
+memory: the library would map whole files into the process.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 
 from progtuning_ds.checkpoint.manifest import FileSeal
+from progtuning_ds.errors import CheckpointError
 
 _NAMES = {
     torch.float64: "F64",
@@ -34,6 +36,7 @@ _NAMES = {
     torch.uint32: "U32",
     torch.bool: "BOOL",
 }
+_TYPES = {name: dtype for dtype, name in _NAMES.items()}
 _PIECE_BYTES = 32 * 2**20
 _ALIGNMENT = 8
 
@@ -84,13 +87,26 @@ def _pieces(tensor: torch.Tensor) -> Iterator[Any]:
         yield flat[start : start + step].cpu().view(torch.uint8).numpy().data
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A file, its header, and where its bytes begin."""
+
+    file: BinaryIO
+    header: dict[str, Any]
+    begin: int
+
+
 class TensorReader:
-    """Reads slices of the tensors of several files; each file is mapped, never loaded whole."""
+    """Reads slices of the tensors of several files, whose checksums are known to be right.
+
+    Args:
+        folder: where the files are.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, _Opened] = {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -98,16 +114,32 @@ class TensorReader:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
+    def dtype(self, file: str, name: str) -> torch.dtype:
+        """The type of a tensor."""
+        return _TYPES[self._open(file).header[name]["dtype"]]
+
     def read(self, file: str, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Return elements `start` to `stop` of a 1-D tensor, or a whole tensor of any shape."""
+        """Return elements `start` to `stop` of a flattened tensor; without `stop` all of it, in its own shape."""
         opened = self._open(file)
-        return opened.get_tensor(name) if stop is None else opened.get_slice(name)[start:stop]
+        entry = opened.header[name]
+        dtype, (first, end) = _TYPES[entry["dtype"]], entry["data_offsets"]
+        whole = (end - first) // dtype.itemsize
+        count = whole - start if stop is None else stop - start
+        if not 0 <= start <= start + count <= whole:
+            raise CheckpointError(f"{file} has {whole} elements of {name!r}, asked for {start} to {start + count}")
+        values = torch.empty(count, dtype=dtype)
+        opened.file.seek(opened.begin + first + start * dtype.itemsize)
+        if count and opened.file.readinto(values.view(torch.uint8).numpy().data) != count * dtype.itemsize:
+            raise CheckpointError(f"{self._folder / file} ends in the middle of {name!r}")
+        return values if stop is not None else values.view(entry["shape"])
 
     def names(self, file: str, prefix: str) -> list[str]:
         """Names of the tensors of a file that begin with `prefix`."""
-        return [name for name in self._open(file).keys() if name.startswith(prefix)]  # noqa: SIM118 - no mapping
+        return [name for name in self._open(file).header if name.startswith(prefix)]
 
-    def _open(self, file: str) -> Any:
+    def _open(self, file: str) -> _Opened:
         if file not in self._files:
-            self._files[file] = self._stack.enter_context(safe_open(str(self._folder / file), framework="pt"))
+            handle = self._stack.enter_context((self._folder / file).open("rb"))
+            size = int.from_bytes(handle.read(8), "little")
+            self._files[file] = _Opened(handle, json.loads(handle.read(size)), 8 + size)
         return self._files[file]

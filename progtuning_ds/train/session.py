@@ -86,7 +86,8 @@ class Session:
             self._sum_up()
 
     def _describe_model(self, record: RunRecord) -> None:
-        stages, sessions = (read_records(self.folder, kind) for kind in (StageRecord, SessionRecord))
+        stages = read_records(self.folder, StageRecord)
+        sessions = read_records(self.folder, SessionRecord)
         write_card(self.folder / run_dir.FINAL, self.job, record, stages, sessions)
 
     def _save_merged(self) -> None:
