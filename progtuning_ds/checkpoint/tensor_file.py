@@ -14,8 +14,9 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def _pieces(tensor: torch.Tensor) -> Iterator[Any]:
 class _Opened:
     """A file, its header, and where its bytes begin."""
 
-    file: BinaryIO
+    file: BufferedReader
     header: dict[str, Any]
     begin: int
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -37,7 +38,7 @@ def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
         tokenizer.save_pretrained(folder)
 
 
-def _names_as_they_are(model: PreTrainedModel) -> dict[str, bool]:
+def _names_as_they_are(model: PreTrainedModel) -> dict[str, Any]:
     """Keep transformers from renaming to what a model was called before it was renamed while loading.
 
     Under ZeRO-3 it would write `LayerNorm.gamma` for a base model whose file says `LayerNorm.weight`: it takes every

@@ -55,8 +55,17 @@ def assert_same(resumed: Trained, through: Trained, step: int) -> None:
 
 @pytest.mark.parametrize(("flavour", "plan"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)])
 def test_a_resumed_run_is_the_uninterrupted_one(ranks: RankPools, tmp_path: Path, flavour: str, plan: str) -> None:
-    through = ranks(2).run(train_through, flavour=flavour, plan=plan, folder=str(tmp_path))
-    resumed = ranks(2).run(resume_and_finish, flavour=flavour, plan=plan, folder=str(tmp_path), steps=at)
+    check(ranks, tmp_path, flavour, plan, AT)
+
+
+def test_a_resumed_run_with_offload_is_the_uninterrupted_one(ranks: RankPools, tmp_path: Path) -> None:
+    """From one checkpoint only: an engine with DeepSpeed's CPU Adam takes seconds to build."""
+    check(ranks, tmp_path, "zero2-offload-fp32", "shrinking", (STEPS,))
+
+
+def check(ranks: RankPools, folder: Path, flavour: str, plan: str, at: tuple[int, ...]) -> None:
+    through = ranks(2).run(train_through, flavour=flavour, plan=plan, folder=str(folder))
+    resumed = ranks(2).run(resume_and_finish, flavour=flavour, plan=plan, folder=str(folder), steps=at)
     assert through[0].losses != through[1].losses, "ranks see different rows"
     for of_rank, whole in zip(resumed, through, strict=True):
         for step, one in zip(at, of_rank, strict=True):
