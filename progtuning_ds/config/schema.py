@@ -194,7 +194,7 @@ class MemoryConfig:
     host_state: Literal["none", "lowest_part", "all"] = "none"
     """Moments that wait in host memory between steps: of the blocks that freeze first, or of everything."""
     snapshot: Flag = False
-    """Write a PyTorch memory snapshot of each stage (CUDA); open it at pytorch.org/memory_viz."""
+    """Let `progtuning profile --output` write a PyTorch memory snapshot of each stage (CUDA)."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)

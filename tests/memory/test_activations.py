@@ -33,7 +33,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part) for part in case[:8]))
+# Every other one is enough for every change of the code.
+MARKED = [pytest.param(case, marks=pytest.mark.slow) if i % 2 else case for i, case in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("case", MARKED, ids=lambda case: "-".join(str(part) for part in case[:8]))
 def test_the_peak_of_a_pass_is_predicted_within_a_tenth(case: tuple) -> None:
     name, precision, attention, rows, seq_len, checkpointing, embeddings, stage, changes = case
     mode, model = fake_model(name, PRECISIONS[precision], attention, checkpointing, **changes)

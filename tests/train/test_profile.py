@@ -71,7 +71,10 @@ def check(
             assert everything == pytest.approx(record["measured_peak"], rel=0.1)
 
 
-@pytest.mark.parametrize(("deepspeed", "embeddings"), [("zero2", "first_stage"), ("zero3", "always")])
+@pytest.mark.parametrize(
+    ("deepspeed", "embeddings"),
+    [("zero2", "first_stage"), pytest.param("zero3", "always", marks=pytest.mark.slow)],
+)
 def test_the_peak_of_a_live_engine_is_predicted(
     ranks: RankPools, sources: Path, deepspeed: str, embeddings: str
 ) -> None:
@@ -97,6 +100,7 @@ def test_the_peak_of_every_flavour_is_predicted(
     check(ranks, sources, world_size, deepspeed, {"precision": precision, **rows}, model=model)
 
 
+@pytest.mark.slow
 def test_the_command_prints_both(sources: Path, tmp_path: Path) -> None:
     import json
     import subprocess
