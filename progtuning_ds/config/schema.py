@@ -124,6 +124,8 @@ class TrainConfig:
     """Steps of linear warm-up; replaces warmup_ratio."""
     warmup_ratio: Share | None = None
     """Share of all steps spent in linear warm-up; 0.1."""
+    early_stopping: Count | None = None
+    """End the run when the main metric on the validation rows has not risen for this many epochs; by default never."""
     boundary_warmup_steps: CountOrZero = 0
     """Steps of linear warm-up again after each stage boundary, against instability; 0 for none."""
     stage_lr_factor: Positive = 1.0

@@ -70,6 +70,15 @@ class Job:
         """Parameters that the plan updates, by stage and in all."""
         return account(self.counts, self.plan, self.order.steps_per_epoch)
 
+    def until(self, done: int) -> Job:
+        """Return the job as if its plan ended after `done` steps, at least one, for what is told of a run."""
+        stages = [
+            replace(stage, steps=range(stage.steps.start, min(stage.steps.stop, done)))
+            for stage in self.plan.stages
+            if stage.steps.start < done
+        ]
+        return replace(self, plan=replace(self.plan, stages=tuple(stages)))
+
     @property
     def zero_stage(self) -> int:
         """ZeRO stage of the run."""

@@ -122,6 +122,8 @@ class TrainingLoop:
             self._settle()
             if self.keeper.due(position):
                 self._save()
+            if position.ended:
+                break
         return position.metrics
 
     def _save(self) -> None:
@@ -171,6 +173,7 @@ class TrainingLoop:
             "end": done == job.plan.total_steps,
         }
         reasons = tuple(name for name, is_due in due.items() if is_due)
+        stage_is_over = due["stage"]
         if self._pending and (reasons or done % job.config.logging.steps == 0):
             self._report_steps()
         if reasons:
@@ -179,9 +182,23 @@ class TrainingLoop:
             self.position.metrics |= metrics
             self.position.evaluated = done
             self.position.stage.metrics = metrics["validation"]
-        if due["stage"]:
+            if due["epoch"] and not due["end"] and self._waited_enough(metrics["validation"]):
+                self.position.ended = stage_is_over = True
+                left = [name for name in job.task.evaluations if name not in metrics]
+                self.position.metrics |= {name: self._evaluate(stage, name, ("end",)) for name in left}
+        if stage_is_over:
             self._report_stage(stage)
         self.position.settled = True
+
+    def _waited_enough(self, metrics: dict[str, float]) -> bool:
+        """Whether the main metric has not risen for as many epochs as the run may wait."""
+        position, patience = self.position, self.job.config.train.early_stopping
+        score = metrics[self.job.task.main_metric]
+        if position.best is None or score > position.best:
+            position.best, position.waited = score, 0
+            return False
+        position.waited += 1
+        return patience is not None and position.waited >= patience
 
     def _report_steps(self) -> None:
         losses = self.ranks.mean(torch.stack([entry.loss for entry in self._pending]))
@@ -225,12 +242,13 @@ class TrainingLoop:
 
     def _report_stage(self, stage: Stage) -> None:
         totals = self.position.stage
+        steps = self.position.done - stage.steps.start  # fewer than planned where the run ends early
         memory = self.built.stages.memory()
         state = sum(memory.get(category, 0) for category in STATE_CATEGORIES)
         record = StageRecord(
             stage=stage.index,
             first_step=stage.steps.start,
-            steps=len(stage.steps),
+            steps=steps,
             trainable_blocks=stage.trainable_blocks,
             embeddings=stage.embeddings,
             trainable_params=self.job.account.stages[stage.index].trainable_params,
@@ -240,7 +258,7 @@ class TrainingLoop:
             moved_bytes=totals.moved_bytes,
             transition_seconds=totals.transition_seconds,
             seconds=totals.seconds,
-            samples_per_second=len(stage.steps) * self.job.settings.global_batch_size / totals.seconds,
+            samples_per_second=steps * self.job.settings.global_batch_size / totals.seconds,
             metrics=totals.metrics,
         )
         self.observer.stage_finished(record)

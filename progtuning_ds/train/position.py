@@ -36,6 +36,9 @@ class Position:
         rollbacks: how often the run went back.
         lr_scale: what the learning rate is multiplied by because of that.
         guard: what the guard has seen.
+        best: the highest main metric at the end of an epoch so far.
+        waited: epochs since then.
+        ended: whether the run is over before its time (`train.early_stopping`).
     """
 
     done: int = 0
@@ -47,6 +50,9 @@ class Position:
     rollbacks: int = 0
     lr_scale: float = 1.0
     guard: dict[str, Any] = field(default_factory=dict)
+    best: float | None = None
+    waited: int = 0
+    ended: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `from_dict` turns into an equal position."""

@@ -114,7 +114,9 @@ class Session:
                 self._export(built)
                 for path in write_submissions(self.job, built.engine, self.ranks, self.folder / run_dir.SUBMISSION):
                     self._say(f"predictions of the test rows in {path}")
-                return run_record(self.job, self.ranks, metrics, loop.seconds)
+                if loop.position.ended:
+                    self._say(f"ended early: {self.job.task.main_metric} has not risen (train.early_stopping)")
+                return run_record(self.job.until(loop.position.done), self.ranks, metrics, loop.seconds)
             except GuardError as trip:
                 rollbacks = loop.position.rollbacks + 1
                 found, message, reason = self._way_back(trip, rollbacks), str(trip), "rollback"
