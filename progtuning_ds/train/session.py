@@ -88,7 +88,7 @@ class Session:
     def _describe_model(self, record: RunRecord) -> None:
         stages = read_records(self.folder, StageRecord)
         sessions = read_records(self.folder, SessionRecord)
-        write_card(self.folder / run_dir.FINAL, self.job, record, stages, sessions)
+        write_card(self.folder / run_dir.FINAL, self.job.until(record.total_steps), record, stages, sessions)
 
     def _save_merged(self) -> None:
         job = self.job
