@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,42 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, so
 from tests.ranks import RankPools, has_gpu_each
 
 
+# What takes long and is near to something that stays: `pytest -m ""` runs it too.
+SLOW = (
+    "tests/checkpoint/test_resume.py::test_a_resumed_run_with_offload*",
+    "tests/engine/test_checkpoints.py*zero0-bf16-fused*",
+    "tests/engine/test_checkpoints.py*subgroups*",
+    "tests/engine/test_memory.py*zero3-offload*",
+    "tests/engine/test_misuse.py::test_a_set_smaller*zero3*",
+    "tests/engine/test_parity.py::test_any_world_size*3-zero*rotating*",
+    "tests/engine/test_parity.py::test_options_of_zero*rotating*",
+    "tests/engine/test_parity.py::test_groups_that_were_not*growing*",
+    "tests/engine/test_process_memory.py*zero3*",
+    "tests/faults/test_disk.py*",
+    "tests/tasks/test_causal.py::test_scores_of_a_run*",
+    "tests/train/test_export.py*zero3*",
+    "tests/train/test_launch.py::test_a_mistake_ends*",
+    "tests/train/test_memory.py::test_a_larger*",
+    "tests/train/test_memory.py::test_memory_that_runs_out*",
+    "tests/train/test_probe.py*zero3*",
+    "tests/train/test_resume.py::test_a_damaged*",
+    "tests/train/test_resume.py::test_records_of*",
+    "tests/train/test_run.py::test_compare*",
+    "tests/train/test_run.py::test_options_train_to_the_end*",
+    "tests/train/test_run.py::test_the_exported*bf16*",
+    "tests/trainer/test_callback.py*ddp*",
+    "tests/trainer/test_callback.py*zero3*",
+    "tests/trainer/test_callback.py::test_a_second_run*",
+    "tests/trainer/test_callback.py::test_embeddings_that_freeze*",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Mark what is slow, and skip what needs a GPU where there is none."""
+    for item in items:
+        name = item.nodeid.replace("[", "-")  # brackets mean something in patterns
+        if any(fnmatchcase(name, pattern) for pattern in SLOW):
+            item.add_marker(pytest.mark.slow)
     if has_gpu_each(1):
         return
     for item in items:

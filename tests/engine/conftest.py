@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.engine.flavours import CORE, FLAVOURS
+from tests.engine.flavours import ALL, CORE
 from tests.engine.ranks_train import MODES, StagedRun, train_staged
 from tests.ranks import RankPools
 
@@ -15,10 +15,11 @@ StagedRuns = Callable[..., list[StagedRun]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Unplanned changes under flavours that share all their code with one in ``CORE`` are for the slow lane."""
+    """Flavours that share all their code with one in ``CORE`` are for the slow lane, but for one run of each."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        if params.get("mode") == "rotating" and params.get("name") in FLAVOURS.keys() - set(CORE):
+        first = item.nodeid.split("[")[0].endswith("::test_stages_train_as_the_oracle") and params["mode"] == "planned"
+        if params.get("mode") and params.get("name") in ALL.keys() - set(CORE) and not first:
             item.add_marker(pytest.mark.slow)
 
 
