@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, so
 
 from tests.ranks import RankPools, has_gpu_each
 
-
 # What takes long and is near to something that stays: `pytest -m ""` runs it too.
 SLOW = (
     "tests/checkpoint/test_resume.py::test_a_resumed_run_with_offload*",
