@@ -118,7 +118,7 @@ class MaskedAdamW(torch.optim.Optimizer):
         active = [p.grad is not None and id(p) not in self._frozen for p in params]
         step = self._step_for(params)
         step.set_active([[flag] for flag in active])
-        step.control.set_groups([_hyper(groups[id(p)]) for p in params])
+        step.control.set_groups([hyper_of(groups[id(p)]) for p in params])
         step.control.set_limits(max_norm=self.max_norm)
         step.bind([[p.grad if flag else None] for p, flag in zip(params, active, strict=True)])
         step.measure()
@@ -223,7 +223,8 @@ def register_optimizer() -> None:
     torch.optim.MaskedAdamW = MaskedAdamW  # type: ignore[attr-defined]
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
+def hyper_of(group: dict[str, Any]) -> Hyper:
+    """Hyperparameters of a parameter group, as they are now."""
     return Hyper(float(group["lr"]), tuple(group["betas"]), float(group["eps"]), float(group["weight_decay"]))
 
 

@@ -16,7 +16,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     return [
         name
         for name, child in model.named_children()
-        if child is not base and child is not output and _has_parameters(child) and not _contains(child, output)
+        if child is not base and _has_parameters(child) and not _contains(child, output)
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from progtuning_kernels import Hyper
 
 from progtuning_ds.optim import MaskedAdamW
 
@@ -25,16 +24,6 @@ def why_not_adamw(optimizer: torch.optim.Optimizer) -> str | None:
         if any(group.get(option) for group in optimizer.param_groups):
             return f"the fused step has no {option}, which the optimizer asks for"
     return None
-
-
-def hyper_of(group: dict[str, Any]) -> Hyper:
-    """Hyperparameters of a parameter group, as they are now."""
-    return Hyper(
-        lr=float(group["lr"]),
-        betas=(float(group["betas"][0]), float(group["betas"][1])),
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-    )
 
 
 def state_of(optimizer: torch.optim.Optimizer, master: torch.Tensor, group: dict[str, Any]) -> dict[str, Any]:

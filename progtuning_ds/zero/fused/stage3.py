@@ -42,10 +42,10 @@ class Stage3Step(FusedStep):
 
     def forget_gradients(self) -> None:
         zero = self.wrapper
-        zero.zero_grad(set_to_none=True)
         if zero.overflow:
             zero._overflow_clean_up(zero.loss_scale)
             return
+        zero.zero_grad(set_to_none=True)
         for index in range(len(self._groups)):
             zero.averaged_gradients[index] = None
 

@@ -14,8 +14,9 @@ import torch
 from deepspeed import comm as dist
 from progtuning_kernels import FlatBuffer, Hyper, MaskedStep, Segment
 
+from progtuning_ds.optim import hyper_of
 from progtuning_ds.zero.adapter import Adapter, Parameter
-from progtuning_ds.zero.fused.adamw import hyper_of, state_of
+from progtuning_ds.zero.fused.adamw import state_of
 
 
 @dataclass(frozen=True, eq=False)
