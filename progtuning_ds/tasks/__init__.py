@@ -5,7 +5,7 @@ from collections.abc import Callable
 from transformers import PreTrainedTokenizerBase
 
 from progtuning_ds.config import RunConfig
-from progtuning_ds.tasks.base import Batch, EncodedRows, Submits, Task
+from progtuning_ds.tasks.base import Batch, CountsItems, EncodedRows, Submits, Task
 from progtuning_ds.tasks.causal import CausalTask
 from progtuning_ds.tasks.classification import ClassificationTask
 from progtuning_ds.tasks.glue import GlueTask
@@ -40,6 +40,7 @@ __all__ = [
     "Batch",
     "CausalTask",
     "ClassificationTask",
+    "CountsItems",
     "EncodedRows",
     "GlueTask",
     "SquadTask",

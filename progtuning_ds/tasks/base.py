@@ -35,6 +35,15 @@ class Submits(Protocol):
         ...
 
 
+@runtime_checkable
+class CountsItems(Protocol):
+    """A task whose loss is a mean over items, such as tokens, of which batches of as many rows hold unequal numbers."""
+
+    def items(self, batch: Batch) -> int:
+        """Number of items that `loss` is the mean of."""
+        ...
+
+
 class Task(Protocol):
     """Data, collation, loss and metrics of one kind of learning; built by `progtuning_ds.tasks.build_task`.
 
@@ -77,7 +86,7 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Run the model and return the mean loss over the rows, a scalar with gradient."""
+        """Run the model and return the mean loss over the rows (`CountsItems`: the items), a scalar with gradient."""
         ...
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:

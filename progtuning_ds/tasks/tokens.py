@@ -116,7 +116,12 @@ class TokenTask:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the words in fp32; scalar."""
         logits, labels = _forward(model, batch)
-        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+    def items(self, batch: Batch) -> int:
+        """Number of words with a tag that is learnt."""
+        return int((batch[LABEL] != IGNORED).sum())
 
     def predict(self, model: nn.Module, batch: Batch) -> list[TagsPrediction]:
         """Most probable tag of every word."""

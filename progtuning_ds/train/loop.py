@@ -13,15 +13,16 @@ from progtuning_ds.tasks import Batch
 from progtuning_ds.train.assembly import Built
 from progtuning_ds.train.batches import step_batches
 from progtuning_ds.train.evaluate import evaluate
-from progtuning_ds.train.guard import Guard, WatchedStep
+from progtuning_ds.train.guard import Guard, GuardError, WatchedStep
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.keeper import Keeper
+from progtuning_ds.train.losses import StepLoss
 from progtuning_ds.train.memory_control import MemoryControl
 from progtuning_ds.train.observers import Observer
-from progtuning_ds.train.outcome import PreemptedError
+from progtuning_ds.train.outcome import PreemptedError, RunEndError
 from progtuning_ds.train.position import Position, StageTotals
 from progtuning_ds.train.ranks import Ranks, memory_bytes
-from progtuning_ds.train.records import EvaluationRecord, StageRecord, StepRecord
+from progtuning_ds.train.records import CheckpointRecord, EvaluationRecord, StageRecord, StepRecord
 from progtuning_ds.train.signals import StopSignals
 
 STATE_CATEGORIES = ("master_weights", "exp_avg", "exp_avg_sq", "other_state")
@@ -73,6 +74,7 @@ class TrainingLoop:
         self.signals = signals
         self.position = position
         self.memory = memory
+        self._loss = StepLoss(job.task, ranks)
         self._guard = Guard(job.config.guard, job.settings.precision)
         if position.guard:
             self._guard.set_state(position.guard)
@@ -93,14 +95,24 @@ class TrainingLoop:
             CheckpointError: on all ranks, if the run cannot be saved.
             MemoryBudgetError: on all ranks, before a stage that would need more than the budget.
         """
-        position = self.position
         self.observer.run_started(self.job)
+        try:
+            self._run()
+        except (GuardError, RunEndError):  # on all ranks
+            self._tell_saved(self.keeper.collect(wait=True))
+            raise
+        self._tell_saved(self.keeper.collect(wait=True))
+        return self.position.metrics
+
+    def _run(self) -> None:
+        position = self.position
         self.built.engine.train()
         if not position.settled:
             self._settle()
-        steps = range(position.done, self.job.plan.total_steps)
+        # A run that ended early, and died before it was told, has no step left.
+        steps = range(position.done, position.done if position.ended else self.job.plan.total_steps)
         feed = step_batches(self.job, self.ranks, position.done, self.memory.micro_batches)
-        for step, batches in zip(steps, feed, strict=True):
+        for step, batches in zip(steps, feed, strict=not position.ended):
             stage = self.job.plan.stage_at(step)
             if step == stage.steps.start:
                 self.memory.before(stage)
@@ -122,28 +134,32 @@ class TrainingLoop:
             self._settle()
             if self.keeper.due(position):
                 self._save()
+            else:
+                self._tell_saved(self.keeper.collect(wait=False))
             if position.ended:
                 break
-        return position.metrics
 
     def _save(self) -> None:
         if self._pending:
             self._report_steps()  # a state that the guard has not seen is not saved
         self.position.guard = self._guard.state()
         self.position.seconds = self.seconds
-        record = self.keeper.save(self.built.stages, self.position)
-        if record is not None:
+        self._tell_saved(self.keeper.save(self.built.stages, self.position))
+
+    def _tell_saved(self, records: list[CheckpointRecord]) -> None:
+        for record in records:
             self.observer.saved(record)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        inputs = {name: values.to(self.ranks.device, non_blocking=True) for name, values in batch.items()}
-        return self.job.task.loss(self.built.engine, inputs)
+        engine = self.built.engine
+        return self._loss(engine, batch, engine.gradient_accumulation_steps())
 
     def _train_step(self, step: int, stage: Stage, batches: list[Batch]) -> None:
         engine, began = self.built.engine, time.perf_counter()
         skipped = engine.skipped_steps
         rate = float(engine.get_lr()[0])
         losses = []
+        self._loss.begin(batches)
         for loss in self.memory.passes(stage, batches, self._forward):
             engine.backward(loss)
             engine.step()
@@ -154,7 +170,7 @@ class TrainingLoop:
         self._pending.append(
             _Step(
                 step=step,
-                loss=torch.stack(losses).mean(),  # every forward pass has the same number of rows
+                loss=torch.stack(losses).mean(),  # the passes are weighed by what they hold
                 learning_rate=rate,
                 grad_norm=None if norm is None else float(norm),
                 seconds=seconds,

@@ -24,6 +24,7 @@ from progtuning_ds.train.batches import step_batches
 from progtuning_ds.train.engine_config import check_engine_config
 from progtuning_ds.train.evaluate import evaluate
 from progtuning_ds.train.job import Job, prepare_job
+from progtuning_ds.train.losses import StepLoss
 from progtuning_ds.train.models import load_model
 from progtuning_ds.train.ranks import Ranks, hardware, start_ranks
 
@@ -103,10 +104,12 @@ def _train(job: Job, ranks: Ranks, block: int | None, steps: int) -> dict[str, f
     built = build(one, ranks)
     try:
         built.engine.train()
+        step_loss = StepLoss(one.task, ranks)
         for step, batches in enumerate(islice(step_batches(one, ranks), steps)):
             built.stages.advance(step)
+            step_loss.begin(batches)
             for batch in batches:
-                loss = one.task.loss(built.engine, _on(batch, ranks))
+                loss = step_loss(built.engine, batch, len(batches))
                 built.engine.backward(loss)
                 built.engine.step()
         rows = one.task.evaluations["validation"]
@@ -121,10 +124,11 @@ def _by_gradient(job: Job, ranks: Ranks, steps: int) -> Probe:
     model.to(ranks.device)
     model.eval()  # the gradient of the loss itself, without dropout's noise
     blocks = discover_blocks(model, path=job.config.model.blocks)
-    passes = 0
+    step_loss, passes = StepLoss(job.task, ranks), 0
     for batches in islice(step_batches(job, ranks), steps):
+        step_loss.begin(batches)
         for batch in batches:
-            job.task.loss(model, _on(batch, ranks)).backward()
+            step_loss(model, batch, len(batches)).backward()
             passes += 1
     parameters = dict(model.named_parameters())
     squares = []
@@ -141,10 +145,6 @@ def _by_gradient(job: Job, ranks: Ranks, steps: int) -> Probe:
     whole = sum(squares) or 1.0
     found = tuple(BlockProbe(index, value / whole, {}) for index, value in enumerate(squares))
     return Probe("share of the blocks' squared gradient norm at the pretrained weights", steps, found)
-
-
-def _on(batch: dict[str, torch.Tensor], ranks: Ranks) -> dict[str, torch.Tensor]:
-    return {name: values.to(ranks.device, non_blocking=True) for name, values in batch.items()}
 
 
 def draw_probe(probe: Probe, path: Path) -> None:

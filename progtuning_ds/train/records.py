@@ -16,7 +16,7 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One optimizer step; loss is the mean over the rows of all ranks."""
+    """One optimizer step; loss is the mean over all its rows, or over their tokens where a task learns tokens."""
 
     step: int
     epoch: float
@@ -84,12 +84,18 @@ class RunRecord:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """A checkpoint after `step` optimizer steps; `seconds` is how long training waited for it."""
+    """A checkpoint after `step` optimizer steps.
+
+    `seconds` is how long training waited for it, `took` the time from its begin to its end, more if it was written
+    in the background; of its `bytes`, `written` are in no earlier one.
+    """
 
     step: int
     name: str
     bytes: int
     seconds: float
+    written: int | None = None
+    took: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

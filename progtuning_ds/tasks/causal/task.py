@@ -105,7 +105,12 @@ class CausalTask:
             check_no_leak(model, batch[IDS])
             self._checked = True
         logits, labels = _forward(model, batch)
-        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        total = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+    def items(self, batch: Batch) -> int:
+        """Number of learnt tokens."""
+        return int((batch[LABELS][:, 1:] != IGNORED).sum())
 
     def predict(self, model: nn.Module, batch: Batch) -> list[SequencePrediction]:
         """Likelihood of each sequence, and how many next tokens were the most probable ones."""
