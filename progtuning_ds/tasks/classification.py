@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torchmetrics.functional import classification as scores
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from progtuning_ds.config import ClassificationConfig, RunConfig
+from progtuning_ds.tasks import class_scores
 from progtuning_ds.tasks.base import Batch, EncodedRows
 from progtuning_ds.tasks.columns import require_column, require_scalar, require_text
 from progtuning_ds.tasks.labels import LabelMap, majority_share, map_labels
@@ -120,11 +120,11 @@ class ClassificationTask:
         """Accuracy, macro F1 (over the classes that occur), Matthews correlation, and mean loss."""
         predicted = torch.tensor([row.predicted for row in predictions])
         labels = torch.tensor([row.label for row in predictions])
-        classes = len(self.labels.names)
+        counts = class_scores.pairs(predicted, labels, len(self.labels.names))
         return {
-            "accuracy": scores.multiclass_accuracy(predicted, labels, classes, average="micro").item(),
-            "f1_macro": scores.multiclass_f1_score(predicted, labels, classes, average="macro").item(),
-            "matthews": scores.multiclass_matthews_corrcoef(predicted, labels, classes).item(),
+            "accuracy": class_scores.accuracy(counts),
+            "f1_macro": class_scores.f1_macro(counts),
+            "matthews": class_scores.matthews(counts),
             "loss": sum(row.loss for row in predictions) / len(predictions),
         }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
-from torchmetrics.functional import classification as of_classes
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
+from progtuning_ds.tasks import class_scores
 from progtuning_ds.tasks.glue.specs import GlueSpec
 
 
@@ -22,13 +22,14 @@ def official_scores(spec: GlueSpec, predicted: Tensor, labels: Tensor) -> dict[s
     Returns:
         The scores in the order of `spec.scores`; a correlation that is not defined (constant predictions) is 0.
     """
-    classes = len(spec.labels)
-    scorers = {
-        "accuracy": lambda: of_classes.multiclass_accuracy(predicted, labels, classes, average="micro"),
-        "f1": lambda: of_classes.binary_f1_score(predicted, labels),
-        "matthews": lambda: of_classes.multiclass_matthews_corrcoef(predicted, labels, classes),
-        "pearson": lambda: pearson_corrcoef(predicted.double(), labels.double()),
-        "spearman": lambda: spearman_corrcoef(predicted.double(), labels.double()),
+    if spec.is_regression:
+        scorers = {"pearson": pearson_corrcoef, "spearman": spearman_corrcoef}
+        values = {name: float(scorers[name](predicted.double(), labels.double())) for name in spec.scores}
+        return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
+    counts = class_scores.pairs(predicted, labels, len(spec.labels))
+    of_classes = {
+        "accuracy": class_scores.accuracy,
+        "f1": class_scores.f1_positive,
+        "matthews": class_scores.matthews,
     }
-    values = {name: float(scorers[name]()) for name in spec.scores}
-    return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
+    return {name: of_classes[name](counts) for name in spec.scores}
