@@ -97,6 +97,7 @@ _SECTIONS = (
     "bf16",
     "bfloat16",
     "checkpoint",
+    "comet",
     "comms_logger",
     "communication_data_type",
     "compile",

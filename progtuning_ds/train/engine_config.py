@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import deepspeed
@@ -15,6 +16,9 @@ from progtuning_ds.errors import ConfigError, did_you_mean
 _OPTIMIZERS = ("Adam", "AdamW", "Lamb", "Lion", "Muon", "OneBitAdam", "OneBitLamb", "ZeroOneAdam")
 _SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 
+# Sections that need a package which DeepSpeed does not bring, and would ask for when the model is loaded.
+_MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
 
 def check_engine_config(content: dict[str, Any], name: str) -> None:
     """Raise a ConfigError in one line if DeepSpeed would refuse a configuration; needs the process group.
@@ -25,6 +29,10 @@ def check_engine_config(content: dict[str, Any], name: str) -> None:
     """
     _check_type("optimizer", content, _OPTIMIZERS, torch.optim, name)
     _check_type("scheduler", content, _SCHEDULERS, torch.optim.lr_scheduler, name)
+    for section, package in _MONITORS.items():
+        given = content.get(section)
+        if isinstance(given, dict) and given.get("enabled") and find_spec(package) is None:
+            raise ConfigError(f"{section}.enabled in {name} needs a package that is not here: pip install {package}")
     try:
         deepspeed.DeepSpeedConfig(copy.deepcopy(content))
     except ValidationError as error:

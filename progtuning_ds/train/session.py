@@ -23,6 +23,7 @@ from progtuning_ds.train.memory_control import MemoryControl
 from progtuning_ds.train.memory_plan import plan_memory
 from progtuning_ds.train.model_card import write_card
 from progtuning_ds.train.models import load_model
+from progtuning_ds.train.monitors import MonitorObserver
 from progtuning_ds.train.observers import Observer, Observers, Recorder
 from progtuning_ds.train.outcome import GuardStopError
 from progtuning_ds.train.plots import draw_training
@@ -108,7 +109,8 @@ class Session:
             built, position = self._build(found, rollbacks)
             self._tell(observer, position, found, reason, message)
             memory = MemoryControl(self.memory, built, self.ranks, self._say)
-            loop = TrainingLoop(self.job, built, self.ranks, observer, self.keeper, self.signals, position, memory)
+            watcher = self._with_monitors(observer, built)
+            loop = TrainingLoop(self.job, built, self.ranks, watcher, self.keeper, self.signals, position, memory)
             try:
                 metrics = loop.run()
                 self._export(built)
@@ -180,6 +182,13 @@ class Session:
         print_summary(self.console, run, stages)
         if self.job.config.logging.plot:
             draw_training(self.folder, self.folder / run_dir.PLOT)
+    def _with_monitors(self, observer: Observer, built: Built) -> Observer:
+        """Add the monitors that the DeepSpeed JSON asks for; the engine owns them."""
+        monitor = built.engine.monitor
+        if not (monitor.enabled and self.ranks.is_first):
+            return observer
+        return Observers([observer, MonitorObserver(monitor, self.job.settings.global_batch_size)])
+
             self._say(f"report in {write_report(self.folder)}")
         self._say(f"model in {self.folder / run_dir.FINAL}, records in {self.folder}")
 
