@@ -15,6 +15,12 @@ from progtuning_ds.errors import CheckpointError
 
 WEIGHTS, MASTER = "weights", "master"
 """Kinds every parameter may have; the others are the optimizer's own names, such as `exp_avg`."""
+TENSORS = ".safetensors"
+
+
+def settled_file(file: str, stage: int | str) -> str:
+    """Name of the file, beside a rank's tensor file, of its weights that are settled from a stage on."""
+    return f"{file.removesuffix(TENSORS)}.settled-{stage}{TENSORS}"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -86,8 +92,12 @@ def read_fragments(rank_files: Iterable[tuple[str, Mapping[str, Any]]]) -> Fragm
     """
     fragments = Fragments()
     for file, described in rank_files:
-        for tensor, param, start, numel in described["weights"]:
-            fragments.add(WEIGHTS, param, Fragment(start, numel, file, tensor, 0))
+        weights = {file: described["weights"]}
+        for stage, rows in described.get("settled", {}).items():  # format 1 had none
+            weights[settled_file(file, stage)] = rows
+        for name, rows in weights.items():
+            for tensor, param, start, numel in rows:
+                fragments.add(WEIGHTS, param, Fragment(start, numel, name, tensor, 0))
         for buffer in described["buffers"]:
             for kind, tensor in buffer["kinds"].items():
                 for param, start, numel, offset in buffer["spans"]:

@@ -16,7 +16,8 @@ from typing import Any
 from progtuning_ds.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
+_READABLE = (1, 2)  # 2: weights that are settled are in files of their own
 _PIECE_BYTES = 4 * 2**20
 
 
@@ -71,8 +72,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} cannot be read") from error
     if own != _own_sum(body):
         raise CheckpointError(f"checkpoint {folder} is damaged: {MANIFEST} does not have its own checksum")
-    if body.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {folder} has format {body.get('format')}, this version reads {FORMAT}")
+    if body.get("format") not in _READABLE:
+        raise CheckpointError(f"checkpoint {folder} has format {body.get('format')}, this version reads up to {FORMAT}")
     files = {name: FileSeal(**seal) for name, seal in body["files"].items()}
     return Manifest(body["step"], body["about"], files)
 
@@ -101,7 +102,16 @@ def checksum(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> FileSeal:
     """Write a JSON file and sync it."""
-    data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A value as the text of a JSON file."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def write_bytes(path: Path, data: bytes) -> FileSeal:
+    """Write a file and sync it."""
     with path.open("wb") as file:
         file.write(data)
         file.flush()

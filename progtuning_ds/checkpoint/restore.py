@@ -15,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from progtuning_ds.blocks import full_shape
+from progtuning_ds.checkpoint import agreement
 from progtuning_ds.checkpoint.fragments import MASTER, WEIGHTS, Fragments, read_fragments
 from progtuning_ds.checkpoint.plain_values import decode
 from progtuning_ds.checkpoint.rng import restore_rng, seed_new_rank
@@ -93,6 +94,13 @@ def restore(stages: StageEngine, saved: Saved) -> None:
     """
     check_fits(stages, saved)
     _enter_stage(stages, saved)
+    # What fails on one rank alone fails on all, or the others would wait for it in their first step.
+    agreement.on_all(lambda: _read_own(stages, saved))
+    settle(stages.adapter)
+
+
+def _read_own(stages: StageEngine, saved: Saved) -> None:
+    """Fill everything this rank holds; without communication."""
     adapter, fragments = stages.adapter, saved.fragments
     device = torch.device(get_accelerator().current_device_name())
     plain = decode(saved.shared["plain"], device)
@@ -102,9 +110,8 @@ def restore(stages: StageEngine, saved: Saved) -> None:
         for buffer in held_buffers(adapter):
             _Filler(saved, fragments, reader, device, adapter.torch_optimizer, plain["optimizer"]).fill(buffer)
         _restore_module_buffers(stages, saved, reader)
-        rank = adapter.ranks.rank
         set_plain_state(adapter, plain)
-        settle(adapter)
+        rank = adapter.ranks.rank
         if rank < len(saved.ranks):
             generators = {
                 name: reader.read(saved.files[rank], name) for name in reader.names(saved.files[rank], "rng.")

@@ -19,15 +19,17 @@ from progtuning_ds.zero.hyper_state import plain_state
 
 @dataclass(frozen=True)
 class RankState:
-    """What one rank saves: tensors by name, not yet copied, and a description of them in JSON values."""
+    """What one rank saves: tensors by name, not yet copied, and a description of them in JSON values.
+
+    Attributes:
+        tensors: what changes from step to step.
+        settled: weights that no further step of the plan changes, by the stage from which on that is so.
+        described: what both hold.
+    """
 
     tensors: dict[str, torch.Tensor]
+    settled: dict[int, dict[str, torch.Tensor]]
     described: dict[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
 
 def rank_state(stages: StageEngine) -> RankState:
@@ -40,11 +42,19 @@ def rank_state(stages: StageEngine) -> RankState:
     """
     adapter = stages.adapter
     tensors: dict[str, torch.Tensor] = {}
+    settled: dict[int, dict[str, torch.Tensor]] = {}
     weights: list[list[Any]] = []
+    settled_weights: dict[int, list[list[Any]]] = {}
+    since = _settled_since(stages)
     for share in weight_shares(adapter):
-        tensor = f"weights.{share.name}"
-        tensors[tensor] = _flat(share.tensor)[: share.numel]
-        weights.append([tensor, share.name, share.start, share.numel])
+        tensor, stage = f"weights.{share.name}", since.get(share.name)
+        into, rows = (
+            (tensors, weights)
+            if stage is None
+            else (settled.setdefault(stage, {}), settled_weights.setdefault(stage, []))
+        )
+        into[tensor] = _flat(share.tensor)[: share.numel]
+        rows.append([tensor, share.name, share.start, share.numel])
     buffers = [
         _buffer(adapter, index, buffer, tensors)
         for index, buffer in enumerate(held_buffers(adapter))
@@ -53,7 +63,13 @@ def rank_state(stages: StageEngine) -> RankState:
     for name, tensor in _module_buffers(stages).items():
         tensors[f"module.{name}"] = tensor
     tensors |= rng_tensors()
-    return RankState(tensors, {"weights": weights, "buffers": buffers, "rng": encode(rng_values(), "rng")})
+    described = {
+        "weights": weights,
+        "settled": {str(stage): rows for stage, rows in sorted(settled_weights.items())},
+        "buffers": buffers,
+        "rng": encode(rng_values(), "rng"),
+    }
+    return RankState(tensors, dict(sorted(settled.items())), described)
 
 
 def shared_state(stages: StageEngine) -> dict[str, Any]:
@@ -69,6 +85,19 @@ def shared_state(stages: StageEngine) -> dict[str, Any]:
         "shapes": {name: list(full_shape(param)) for name, param in adapter.params.items()},
         "plain": encode(plain_state(adapter)),
     }
+
+
+def _settled_since(stages: StageEngine) -> dict[str, int]:
+    """From which stage on a parameter has its last value; only those for which that stage has begun.
+
+    A hint: whether the value is what it was is looked at when it is saved.
+    """
+    plan, blocks = stages.plan, stages.blocks
+    since = dict.fromkeys(stages.adapter.params, 0)
+    for stage in plan.stages:
+        since |= dict.fromkeys(blocks.trainable_names(stage, plan.always_train), stage.index + 1)
+    held = {name for group in stages.adapter.groups() for name in group}
+    return {name: stage for name, stage in since.items() if stage <= stages.stage.index and name not in held}
 
 
 def _buffer(adapter: Adapter, index: int, buffer: HeldBuffer, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,35 +50,56 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileSeal:
         OSError: if the disk is full or the folder cannot be written to.
         TypeError: for a dtype the format does not know.
     """
-    header: dict[str, Any] = {}
+    parts = _parts(tensors)
+    with path.open("xb") as file:
+        seal = _run_through(parts, file.write)
+        file.flush()
+        os.fsync(file.fileno())
+    return seal
+
+
+def seal_tensors(tensors: Mapping[str, torch.Tensor]) -> FileSeal:
+    """Return the seal of the file that `write_tensors` would write, without writing it."""
+    return _run_through(_parts(tensors), lambda piece: None)
+
+
+def file_size(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the file that `write_tensors` would write."""
+    return len(_header(tensors)) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _run_through(parts: Iterator[Any], take: Callable[[Any], object]) -> FileSeal:
+    digest, size = hashlib.sha256(), 0
+    for part in parts:
+        take(part)
+        digest.update(part)
+        size += len(part)
+    return FileSeal(size, digest.hexdigest())
+
+
+def _parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+    """The bytes of a file, one part after the other; a dtype that cannot be saved is found before the first."""
+    header = _header(tensors)
+    return chain([header], chain.from_iterable(_pieces(tensor) for tensor in tensors.values()))
+
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """What a file begins with: the length of the JSON text, and the text, padded."""
+    entries: dict[str, Any] = {}
     offset = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
             raise TypeError(f"{name} cannot be saved: {tensor.dtype} is no type of safetensors")
         size = tensor.numel() * tensor.element_size()
-        header[name] = {
+        entries[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("xb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            file.write(part)
-            digest.update(part)
-            size += len(part)
-        for tensor in tensors.values():
-            for piece in _pieces(tensor):
-                file.write(piece)
-                digest.update(piece)
-                size += len(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileSeal(size, digest.hexdigest())
+    return len(text).to_bytes(8, "little") + text
 
 
 def _pieces(tensor: torch.Tensor) -> Iterator[Any]:

@@ -136,6 +136,10 @@ class TrainConfig:
     """Weights and activations; `auto`: the DeepSpeed JSON's choice, else bf16 on GPUs that have it, else fp32."""
     group_by_length: Flag = True
     """Put rows of similar length into the same step, which saves padding. The order stays a function of the seed."""
+    compile: Flag = False
+    """Run the model by torch.compile, under ZeRO stages 0, 1 and 2; each stage compiles anew."""
+    compile_backend: Text = "inductor"
+    """Backend of torch.compile."""
     seed: CountOrZero = 0
     """Seed of the new head, dropout, and the order of rows."""
 

@@ -19,8 +19,8 @@ from progtuning_ds.train.quiet import quiet_libraries
 from progtuning_ds.train.run_dir import NEVER, check_run_dir
 from progtuning_ds.train.seeds import parse_seeds
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What a disk says that takes no more; one line tells it as well as a traceback."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a disk says that takes no more, or not from this user; one line tells it as well as a traceback."""
 
 _INTRO = """\
 Fine-tunes a pretrained Transformer in stages (Progtuning) on DeepSpeed.
@@ -96,7 +96,7 @@ def _run(config: RunConfig, args: argparse.Namespace) -> None:
 
     try:
         if args.dry_run:
-            run_dry(config)
+            run_dry(config, resume=args.resume)
         elif args.seeds is not None:
             run_with_seeds(config, args.seeds, overwrite=args.overwrite, resume=args.resume)
         else:

@@ -25,10 +25,12 @@ from progtuning_ds.config import (
 )
 from progtuning_ds.memory import Architecture, ParamTable, Workload
 from progtuning_ds.methods import blocks_path
+from progtuning_ds.methods.frozen_linear import freezable
 from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
 from progtuning_ds.tasks import Task, build_task
 from progtuning_ds.train import models
+from progtuning_ds.train.acceleration import check_acceleration
 from progtuning_ds.train.order import RowOrder
 from progtuning_ds.train.planning import make_plan
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from progtuning_ds.checkpoint import Checkpoint, CheckpointStore, load_checkpoint, newest_sound, save_checkpoint
+from progtuning_ds.checkpoint import (
+    BackgroundSave,
+    Checkpoint,
+    CheckpointStore,
+    load_checkpoint,
+    newest_sound,
+    save_checkpoint,
+)
 from progtuning_ds.checkpoint.agreement import on_first
 from progtuning_ds.checkpoint.manifest import read_manifest
+from progtuning_ds.checkpoint.sharing import written_bytes
 from progtuning_ds.engine import StageEngine
 from progtuning_ds.errors import CheckpointError, ConfigError
 from progtuning_ds.train.job import Job
@@ -33,6 +39,8 @@ class Keeper:
         self.job = job
         self.store = CheckpointStore(folder / CHECKPOINTS)
         self._saved: int | None = None
+        self._under_way: BackgroundSave | None = None
+        self._began = 0.0
 
     def due(self, position: Position) -> bool:
         """Whether a checkpoint is to be made after the last step."""
@@ -44,26 +52,54 @@ class Keeper:
             or (settings.at_stage_end and done == job.plan.stage_at(done - 1).steps.stop)
         )
 
-    def save(self, stages: StageEngine, position: Position) -> CheckpointRecord | None:
+    def save(self, stages: StageEngine, position: Position) -> list[CheckpointRecord]:
         """Save the run, then remove checkpoints that are no longer wanted. Collective.
 
+        With `checkpoint.asynchronous` files are written while training goes on, and `collect` does the rest. A save
+        that is still under way is finished first.
+
         Returns:
-            What it took; None if this very position is saved already.
+            What was completed, and what it took; nothing if this very position is saved already.
 
         Raises:
             CheckpointError: on all ranks, in one line; earlier checkpoints are as they were.
         """
+        records = self.collect(wait=True)
         if self._saved == position.done:
-            return None
-        began = time.perf_counter()
+            return records
+        self._began = time.perf_counter()
         scored = position.evaluated == position.done
         metric = position.metrics["validation"].get(self.job.task.main_metric) if scored else None
-        program = {"position": position.to_dict(), **_identity(self.job)}
-        path = save_checkpoint(stages, self.store, position.done, program=program, about={"metric": metric})
+        what: dict[str, Any] = {
+            "program": {"position": position.to_dict(), **_identity(self.job)},
+            "about": {"metric": metric},
+        }
+        if self.job.config.checkpoint.asynchronous:
+            self._under_way = BackgroundSave(stages, self.store, position.done, **what)
+        else:
+            path = save_checkpoint(stages, self.store, position.done, **what)
+            records.append(self._completed(position.done, path))
         self._saved = position.done
-        on_first(lambda: self._rotate(position.done))
-        size = on_first(lambda: sum(file.stat().st_size for file in path.iterdir()))
-        return CheckpointRecord(position.done, path.name, size, time.perf_counter() - began)
+        return records
+
+    def collect(self, *, wait: bool) -> list[CheckpointRecord]:
+        """Complete a save that is under way: if its files are written, or else wait for them. Collective.
+
+        Raises:
+            CheckpointError: on all ranks, in one line, if they could not be written.
+        """
+        save = self._under_way
+        if save is None or not (wait or save.is_written()):
+            return []
+        self._under_way = None
+        path = save.finish()
+        return [self._completed(save.step, path, save.stalled)]
+
+    def _completed(self, step: int, path: Path, stalled: float | None = None) -> CheckpointRecord:
+        on_first(lambda: self._rotate(step))
+        size, written = on_first(lambda: (sum(file.stat().st_size for file in path.iterdir()), written_bytes(path)))
+        took = time.perf_counter() - self._began
+        return CheckpointRecord(step, path.name, size, took if stalled is None else stalled, written, took)
 
     def find(self, source: str) -> tuple[Checkpoint | None, list[str]]:
         """Return what to go on from, and a line on every newer checkpoint that is damaged. Collective.
@@ -113,9 +149,10 @@ def check_same_run(program: Mapping[str, Any], job: Job, name: str) -> None:
         ConfigError: one line with the first setting that differs and both its values.
     """
     now = _identity(job)
-    difference = first_difference(program["config"], now["config"])
-    if difference is not None:
-        raise ConfigError(different(difference, name))
+    for part in ("config", "numbers"):
+        difference = first_difference(program[part], now[part])
+        if difference is not None:
+            raise ConfigError(different(difference, name))
     if program["rows"] != now["rows"]:
         raise ConfigError(
             f"an optimizer step has {now['rows']} rows now and {program['rows']} in {name}; "
@@ -127,11 +164,21 @@ def check_same_run(program: Mapping[str, Any], job: Job, name: str) -> None:
 
 def _identity(job: Job) -> dict[str, Any]:
     """What makes two runs the same: settings, rows of a step, and the training data."""
-    lengths = hashlib.sha256(json.dumps([int(length) for length in job.task.train.lengths]).encode()).hexdigest()[:16]
+    settings = job.settings
     return {
         "config": dataclasses.asdict(job.config),
-        "rows": job.settings.global_batch_size,
-        "data": f"{job.order.num_rows} rows of lengths {lengths}",
+        "numbers": {  # which the DeepSpeed JSON may have given, and that is free to change
+            "precision": settings.precision,
+            "learning_rate": settings.learning_rate,
+            "weight_decay": settings.weight_decay,
+            "betas": settings.betas,
+            "epsilon": settings.epsilon,
+            "max_grad_norm": settings.max_grad_norm,
+            "warmup_steps": job.warmup_steps,
+            "lr_scheduler_type": settings.lr_scheduler_type,
+        },
+        "rows": settings.global_batch_size,
+        "data": job.data_identity,
     }
 
 

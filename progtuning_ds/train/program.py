@@ -15,6 +15,7 @@ from progtuning_ds.train import run_dir
 from progtuning_ds.train.dry_run import show_job
 from progtuning_ds.train.engine_config import check_engine_config
 from progtuning_ds.train.job import Job, prepare_job, without_freezing
+from progtuning_ds.train.keeper import Keeper
 from progtuning_ds.train.outcome import EXPECTED
 from progtuning_ds.train.peers import PeerWatch
 from progtuning_ds.train.ranks import Ranks, hardware, start_ranks
@@ -59,18 +60,40 @@ def run_program(config: RunConfig, *, compare: bool = False, overwrite: bool = F
         _compare(console, [Path(one.config.output_dir).expanduser() for one in jobs])
 
 
-def run_dry(config: RunConfig) -> None:
+def run_dry(config: RunConfig, *, resume: str = NEVER) -> None:
     """Check everything that can be checked without weights, fetch a batch and print the plan. Called by every rank.
+
+    Args:
+        config: the run.
+        resume: as for `run_program`; says where the run would go on, after checking that checkpoint.
 
     Raises:
         ConfigError: one line on what is wrong.
+        CheckpointError: if there is no checkpoint to go on from.
     """
+    folder = Path(config.output_dir).expanduser()
+    if resume != NEVER:
+        run_dir.check_run_dir(folder, overwrite=False, resume=resume)
+    if resume == AUTO:
+        run_dir.check_same_settings(folder, config)
     ranks = start_ranks()
     console = make_console(ranks)
     job = ranks.local_first(lambda: _prepare(config, ranks))
     for line in describe(job):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if resume != NEVER:
+        console.print(_where_to_go_on(job, folder, resume), highlight=False, markup=False, soft_wrap=True)
     show_job(job, ranks, console)
+
+
+def _where_to_go_on(job: Job, folder: Path, resume: str) -> str:
+    if resume == AUTO and run_dir.is_complete(folder):
+        return f"--resume auto: the {job.kind} run in {folder} is complete"
+    found, passed_over = Keeper(job, folder).find(resume)
+    damaged = "".join(f"; {line}" for line in passed_over)
+    if found is None:
+        return f"--resume {resume}: nothing to go on from, the run would start{damaged}"
+    return f"--resume {resume}: would go on from {found.folder}, after step {found.step}{damaged}"
 
 
 def run_with_seeds(config: RunConfig, seeds: Sequence[int], *, overwrite: bool = False, resume: str = NEVER) -> None:

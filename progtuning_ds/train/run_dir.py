@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from progtuning_ds.config import RunConfig, load_run_config, save_run_config
-from progtuning_ds.errors import ConfigError
+from progtuning_ds.errors import ConfigError, did_you_mean
 from progtuning_ds.schedule import StagePlan
 
 CONFIG, DEEPSPEED, PLAN, PLOT = "config.yaml", "deepspeed.json", "plan.json", "training.png"
@@ -65,6 +65,11 @@ _ARTIFACTS = (
 
 def check_run_dir(folder: Path, *, overwrite: bool, resume: str = NEVER) -> None:
     """Raise a ConfigError if a directory holds a run that may be neither replaced nor continued; changes nothing."""
+    if resume not in (AUTO, NEVER) and not Path(resume).expanduser().is_dir():
+        raise ConfigError(
+            f"--resume must be auto, never, or the folder of a checkpoint or a run, got {resume!r}, which is no "
+            f"folder{did_you_mean(resume, (AUTO, NEVER))}"
+        )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir must be a directory, got the file {str(folder)!r}")
     if overwrite and resume != NEVER:

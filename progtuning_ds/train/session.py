@@ -67,6 +67,10 @@ class Session:
         if resume == run_dir.AUTO and run_dir.is_complete(self.folder):
             self._say(f"the {self.job.kind} run in {self.folder} is complete")
             return
+        with run_lock(self.folder):
+            self._run(resume)
+
+    def _run(self, resume: str) -> None:
         for line in describe(self.job):
             self._say(line)
         found, passed_over = (None, []) if resume == run_dir.NEVER else self.keeper.find(resume)
@@ -177,11 +181,6 @@ class Session:
         log = Recorder(RecordLog(self.folder))
         return Observers([log, make_progress(self.job.config.logging.progress, self.console)])
 
-    def _sum_up(self) -> None:
-        run, stages = read_run(self.folder)
-        print_summary(self.console, run, stages)
-        if self.job.config.logging.plot:
-            draw_training(self.folder, self.folder / run_dir.PLOT)
     def _with_monitors(self, observer: Observer, built: Built) -> Observer:
         """Add the monitors that the DeepSpeed JSON asks for; the engine owns them."""
         monitor = built.engine.monitor

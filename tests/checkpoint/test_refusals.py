@@ -18,7 +18,14 @@ from tests.checkpoint.run import PLANS, Trained, build, read, train_through
 from tests.ranks import RankPools
 
 AT = 3
-FILES = ("rank-00000.json", "rank-00000.safetensors", "rank-00001.json", "rank-00001.safetensors", "state.json")
+FILES = (
+    *(
+        f"rank-0000{rank}{suffix}"
+        for rank in range(2)
+        for suffix in (".json", ".safetensors", ".settled-1.safetensors")
+    ),
+    "state.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +91,10 @@ def test_a_folder_that_is_no_checkpoint_says_so(tmp_path: Path) -> None:
 
 def test_a_format_of_the_future_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = read_manifest(copy)
-    monkeypatch.setattr("progtuning_ds.checkpoint.manifest.FORMAT", 2)
+    monkeypatch.setattr("progtuning_ds.checkpoint.manifest.FORMAT", 3)
     write_manifest(copy, found)
     monkeypatch.undo()
-    assert problem(copy).endswith("has format 2, this version reads 1")
+    assert problem(copy).endswith("has format 3, this version reads up to 2")
 
 
 # ---- sound, but not of this run ------------------------------------------------------------------------------------

@@ -25,17 +25,18 @@ QUICK = [
 ]
 
 
-def survive(bench: Bench, folder: Path, deepspeed: str, *kills: Kill) -> None:
+def survive(bench: Bench, folder: Path, deepspeed: str, *kills: Kill, options: tuple[str, ...] = ()) -> None:
     """Kill, and kill again, then go on to the end; compare with the run that nothing happened to."""
+    arguments = bench.arguments(folder / "run", deepspeed, "--resume", "auto", *options)
     for number, kill in enumerate(kills):
-        ended = launch(bench.arguments(folder / "run", deepspeed, "--resume", "auto"), folder, kill=kill)
+        ended = launch(arguments, folder, kill=kill)
         dead = [rank for rank in range(2) if ended.codes[rank] == -9]
         assert dead == sorted(kill.ranks), (number, kill, ended)
         for rank in {0, 1} - set(kill.ranks):
             assert ended.codes[rank] == PEER_LOST, (kill, ended)
             assert f"error: rank {rank} stops: rank {kill.ranks[0]} (process" in ended.said
         assert ended.lasted < 15, "the survivors end promptly"
-    ended = launch(bench.arguments(folder / "run", deepspeed, "--resume", "auto"), folder)
+    ended = launch(arguments, folder)
     assert ended.codes == (0, 0), ended.said
     same_results(folder / "run", bench.whole(deepspeed).folder)
     left = [path.name for path in (folder / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
@@ -65,6 +66,19 @@ def draw(seed: int, bench: Bench) -> tuple[str, Kill]:
 def test_a_run_killed_at_random_goes_on_to_the_same_result(bench: Bench, tmp_path: Path, seed: int) -> None:
     deepspeed, kill = draw(seed, bench)
     survive(bench, tmp_path, deepspeed, kill)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["between write and sync", "between files", "before the manifest", "forward"])
+@pytest.mark.parametrize("who", [(0,), (1,), (0, 1)])
+def test_a_run_killed_while_it_saves_in_the_background_goes_on(
+    bench: Bench, tmp_path: Path, point: str, who: tuple[int, ...]
+) -> None:
+    """The third save is under way, or its forward pass beside it."""
+    if point in ON_ONE_RANK and who != (0,):
+        pytest.skip("the first rank's alone")
+    nth = {"before the manifest": 3, "forward": 13, "between files": 5, "between write and sync": 14}[point]
+    survive(bench, tmp_path, "zero2", Kill(point, nth, who), options=("checkpoint.asynchronous=true",))
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ def points() -> dict[str, tuple[Any, str, bool]]:
     import torch
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    from progtuning_ds.checkpoint import saving, store, tensor_file
+    from progtuning_ds.checkpoint import saving, sharing, store, tensor_file
     from progtuning_ds.train import loop, session
     from progtuning_ds.zero.hyper import HyperParameters
 
@@ -43,7 +43,8 @@ def points() -> dict[str, tuple[Any, str, bool]]:
         "evaluation": (loop, "evaluate", False),
         "before a save": (saving, "rank_state", False),
         "between write and sync": (tensor_file.os, "fsync", False),
-        "between files": (saving, "write_tensors", True),
+        "between files": (saving, "link_or_write", True),
+        "after a link": (sharing.os, "link", True),
         "before the manifest": (saving, "write_manifest", False),
         "between write and rename": (store.CheckpointStore, "publish", False),
         "between rename and latest": (store.CheckpointStore, "_point_to", False),

@@ -99,11 +99,15 @@ def same_results(one: Path, other: Path) -> None:
     assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-@pytest.mark.parametrize("at", [2, 4], ids=["mid-stage", "where-an-evaluation-is-due"])
+@pytest.mark.parametrize(
+    ("at", "asynchronous"),
+    [(2, False), (4, True)],
+    ids=["mid-stage", "where-an-evaluation-is-due-and-in-the-background"],
+)
 def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(
-    ranks: RankPools, sources: Path, tmp_path: Path, uninterrupted: Path, at: int
+    ranks: RankPools, sources: Path, tmp_path: Path, uninterrupted: Path, at: int, asynchronous: bool
 ) -> None:
-    given = settings(sources, tmp_path / "run")
+    given = settings(sources, tmp_path / "run", checkpoint={"every_steps": 2, "asynchronous": asynchronous})
     said = ranks(2).run(run, given=given, signal_at=at)
     assert said == [said[0]] * 2
     assert said[0].startswith(f"PreemptedError: stopped by SIGUSR1 after step {at + 1} of {STEPS}; the run is saved")
@@ -114,6 +118,8 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_to_the_bit(
     assert [(record.reason, record.step) for record in sessions] == [("start", 0), ("resume", at + 1)]
     assert ranks(2).run(run, given=given, resume="auto") == [None, None], "a complete run is left alone"
     assert len(read_records(tmp_path / "run", SessionRecord)) == 2
+    saved = [record.step for record in read_records(tmp_path / "run", CheckpointRecord)]
+    assert saved == sorted({2, 4, at + 1, 5, 6, 8, 10}), "each once, the ones in the background too"
 
 
 def test_records_of_steps_that_are_done_again_are_not_kept_twice(
