@@ -188,6 +188,11 @@ class Session:
             return observer
         return Observers([observer, MonitorObserver(monitor, self.job.settings.global_batch_size)])
 
+    def _sum_up(self) -> None:
+        run, stages = read_run(self.folder)
+        print_summary(self.console, run, stages)
+        if self.job.config.logging.plot:
+            draw_training(self.folder, self.folder / run_dir.PLOT)
             self._say(f"report in {write_report(self.folder)}")
         self._say(f"model in {self.folder / run_dir.FINAL}, records in {self.folder}")
 
