@@ -16,10 +16,17 @@ from progtuning_ds.memory import Proposal, deepspeed_zero
 from progtuning_ds.train.memory_plot import draw_stages
 
 RUN, DEEPSPEED, PLAN, PLOT = "run.yaml", "deepspeed.json", "plan.json", "memory.png"
+TASKS = {
+    "sequence-classification": "classification",
+    "causal-lm": "causal_lm",
+    "token-classification": "token_classification",
+    "question-answering": "squad",
+}
+"""What the training program learns with a head; for another there is no run to write."""
 
 
 def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
-    """Write the run that fits to a folder; without one, only the report.
+    """Write the run that fits to a folder, as far as the training program can run it; without one, only the report.
 
     Raises:
         ConfigError: if the run has no whole number of epochs, which training needs.
@@ -31,7 +38,9 @@ def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
     (folder / PLAN).write_text(json.dumps(fit_content(fit), indent=2) + "\n")
     if config is None or proposal is None:
         return written
-    save_run_config(config, folder / RUN)
+    if fit.report.head in TASKS:
+        save_run_config(config, folder / RUN)
+        written.append(folder / RUN)
     (folder / DEEPSPEED).write_text(json.dumps(complete_deepspeed(fit, config), indent=2) + "\n")
     draw_stages(
         folder / PLOT,
@@ -44,7 +53,7 @@ def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
         budget=fit.request.budget.device,
         reserve=fit.request.budget.reserve,
     )
-    return [*written, folder / RUN, folder / DEEPSPEED, folder / PLOT]
+    return [*written, folder / DEEPSPEED, folder / PLOT]
 
 
 def run_config_of(fit: Fit, asked: PlanRequest, proposal: Proposal) -> RunConfig:
@@ -60,7 +69,7 @@ def run_config_of(fit: Fit, asked: PlanRequest, proposal: Proposal) -> RunConfig
                 "gradient_checkpointing": proposal.choice.checkpointing,
                 "blocks": asked.blocks,
             },
-            "task": {"max_length": request.seq_len},
+            "task": _task(fit.report.head, request.seq_len),
             "schedule": {
                 "num_stages": len(proposal.stages),
                 "embeddings": asked.embeddings,
@@ -80,6 +89,8 @@ def run_config_of(fit: Fit, asked: PlanRequest, proposal: Proposal) -> RunConfig
                 "budget": request.budget.device,
                 "reserve": request.budget.reserve,
                 "micro_batch_sizes": micro if len(set(micro)) > 1 else None,
+                "host_state": proposal.host_state,
+                "reinvest": "unoffload" if proposal.unoffload else "none",
             },
             "output_dir": "runs/planned",
         }
@@ -109,6 +120,14 @@ def _deepspeed(proposal: Proposal) -> dict[str, Any]:
         "zero_optimization": deepspeed_zero(proposal.setup),
         "steps_per_print": 2000,
     }
+
+
+def _task(head: str, seq_len: int) -> dict[str, Any]:
+    """The section ``task`` for a head; columns and data are left to the user."""
+    task: dict[str, Any] = {"kind": TASKS.get(head, "classification"), "max_length": seq_len}
+    if task["kind"] == "squad":
+        task["stride"] = min(128, seq_len // 3)
+    return task
 
 
 def _whole_epochs(text: str) -> int:

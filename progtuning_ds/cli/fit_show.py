@@ -11,8 +11,7 @@ from rich.table import Table
 
 from progtuning_ds.cli.fit import Fit
 from progtuning_ds.cli.plan import report_content
-from progtuning_ds.memory import CATEGORIES, Failure, Footprint, Proposal, format_bytes
-from progtuning_ds.memory.search import least_memory
+from progtuning_ds.memory import CATEGORIES, Failure, Footprint, Proposal, format_bytes, least_memory
 
 _GROUPS = {
     "Weights": ("weights",),
@@ -147,12 +146,15 @@ def _proposal_content(proposal: Proposal) -> dict[str, Any]:
         "offload_param": choice.offload_param,
         "checkpointing": choice.checkpointing,
         "kernel": choice.kernel,
+        "host_state": proposal.host_state,
+        "reinvest": "unoffload" if proposal.unoffload else "none",
         "cost_tokens": proposal.cost,
         "stages": [
             {
                 "index": index,
                 "micro_batch": stage.micro_batch,
                 "accumulation": stage.accumulation,
+                "host_parts": list(stage.host_parts),
                 "peak_bytes": stage.footprint.peak,
                 "peak_moment": stage.footprint.peak_moment,
                 "device_bytes": _by_category(stage.footprint.device),

@@ -5,14 +5,18 @@ Standard library only. Tests compare it with live engines (to the byte for model
 
 from progtuning_ds.memory.activations import Kept, TokenCosts, token_costs
 from progtuning_ds.memory.architecture import ATTENTIONS, Architecture
+from progtuning_ds.memory.choices import Choice, choices, divisors, fewest_waiting, leaving_parts, setup_of
 from progtuning_ds.memory.costs import CostModel
-from progtuning_ds.memory.footprint import CATEGORIES, MOMENTS, Footprint, Workload
+from progtuning_ds.memory.footprint import CATEGORIES, MOMENTS, Footprint
 from progtuning_ds.memory.from_deepspeed import deepspeed_zero, setup_from_deepspeed
 from progtuning_ds.memory.parameters import Group, Param, ParamTable
-from progtuning_ds.memory.search import Budget, Choice, Failure, Outcome, Proposal, Remedy, Request, remedies, search
+from progtuning_ds.memory.remedies import Remedy, least_memory, remedies
+from progtuning_ds.memory.request import Budget, Request
+from progtuning_ds.memory.search import Failure, Outcome, Proposal, search, stage_cost
 from progtuning_ds.memory.setup import KERNELS, Batch, EngineSetup
 from progtuning_ds.memory.state import Flavour, gradient_bytes, owned_numel, state_bytes
 from progtuning_ds.memory.units import format_bytes, parse_bytes
+from progtuning_ds.memory.workload import Workload
 
 __all__ = [
     "ATTENTIONS",
@@ -38,14 +42,21 @@ __all__ = [
     "Request",
     "TokenCosts",
     "Workload",
+    "choices",
     "deepspeed_zero",
+    "divisors",
+    "fewest_waiting",
     "format_bytes",
     "gradient_bytes",
+    "least_memory",
+    "leaving_parts",
     "owned_numel",
     "parse_bytes",
     "remedies",
     "search",
     "setup_from_deepspeed",
+    "setup_of",
+    "stage_cost",
     "state_bytes",
     "token_costs",
 ]

@@ -29,6 +29,7 @@ class CostModel:
         update: DeepSpeed's own optimizer step: 74 bytes per element a rank owns (measured by counting its tensors).
         fused_update: the fused step: 34 bytes.
         offload: with optimizer offload: gradient down, weight up, and Adam in host memory, per element a rank owns.
+        visit: moments that wait in host memory: two of them up and down, per element a rank owns.
         offload_param: ZeRO-3 weights from host memory, per element a rank owns, twice every forward pass.
     """
 
@@ -39,6 +40,7 @@ class CostModel:
     update: float = _tokens(74, 3e12)
     fused_update: float = _tokens(34, 3e12)
     offload: float = _tokens(4, 25e9) + _tokens(28, 100e9)
+    visit: float = _tokens(16, 25e9)
     offload_param: float = _tokens(2, 25e9)
 
     def forward_pass(
@@ -54,10 +56,20 @@ class CostModel:
             cost += 2 * self.offload_param / ranks
         return cost
 
-    def step(self, *, zero_stage: int, ranks: int, offload_optimizer: bool, fused: bool, trained: float) -> float:
-        """Cost of one optimizer step, beside its passes."""
-        share = trained / (ranks if zero_stage else 1)
-        cost = share * (self.offload if offload_optimizer else self.fused_update if fused else self.update)
+    def step(
+        self,
+        *,
+        zero_stage: int,
+        ranks: int,
+        offload_optimizer: bool,
+        fused: bool,
+        trained: float,
+        waiting: float = 0.0,
+    ) -> float:
+        """Cost of one optimizer step, beside its passes; moments of the share ``waiting`` visit from host memory."""
+        owners = ranks if zero_stage else 1
+        update = self.offload if offload_optimizer else self.fused_update if fused else self.update
+        cost = (trained * update + waiting * self.visit) / owners
         if ranks > 1 and zero_stage < 2:
             cost += self.reduce * trained
         if ranks > 1 and zero_stage in (0, 1, 2):

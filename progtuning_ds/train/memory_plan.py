@@ -12,11 +12,13 @@ from progtuning_ds.memory import (
     EngineSetup,
     Footprint,
     Workload,
+    divisors,
+    fewest_waiting,
     format_bytes,
+    leaving_parts,
     parse_bytes,
     setup_from_deepspeed,
 )
-from progtuning_ds.memory.search import divisors
 from progtuning_ds.train.job import Job
 
 _CONTEXT = 2**30
@@ -113,7 +115,7 @@ def plan_memory(job: Job, device: str, held: int) -> MemoryPlan:
     if budget is not None and job.config.memory.reinvest == "micro_batch":
         batches = [batches[0], *(_enlarge(load, first, batches[0], stage, budget) for stage in range(1, count))]
     if budget is not None and job.config.memory.reinvest == "unoffload":
-        setups = [_unoffload(load, first, batches[stage], stage, budget) for stage in range(count)]
+        setups = [fewest_waiting(load, first, batches[stage], stage, budget.usable) for stage in range(count)]
     footprints = tuple(load.footprint(setups[stage], batches[stage], stage) for stage in range(count))
     return MemoryPlan(load, budget, tuple(setups), tuple(batches), footprints)
 
@@ -201,16 +203,5 @@ def _host_parts(job: Job, load: Workload) -> tuple[int, ...]:
     for reason, stands in obstacles.items():
         if stands:
             raise ConfigError(f"memory.host_state must be none here, got {wanted}: {reason}")
-    leaving = sorted({group.last_stage for group in load.groups(0)})
-    return tuple(leaving[:1]) if wanted == "lowest_part" else tuple(leaving)
-
-
-def _unoffload(load: Workload, setup: EngineSetup, batch: Batch, stage: int, budget: Budget) -> EngineSetup:
-    """Bring home as many parts as fit, those first that train longest."""
-    waiting = list(setup.host_parts)
-    while waiting:
-        fewer = replace(setup, host_parts=tuple(waiting[:-1]))
-        if load.footprint(fewer, batch, stage).peak > budget.usable:
-            break
-        waiting.pop()
-    return replace(setup, host_parts=tuple(waiting))
+    leaving = leaving_parts(load)
+    return leaving[:1] if wanted == "lowest_part" else leaving

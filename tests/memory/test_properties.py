@@ -8,8 +8,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning_ds.memory import Batch, EngineSetup, Workload
-from progtuning_ds.memory.footprint import CATEGORIES
+from progtuning_ds.memory import CATEGORIES, Batch, EngineSetup, Workload
 from tests.memory.test_search import llama_shaped
 
 STATES = CATEGORIES[:5]

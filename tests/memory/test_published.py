@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from progtuning_ds.memory import Batch, Budget, EngineSetup, Request, search
-from progtuning_ds.memory.footprint import Workload
-from progtuning_ds.memory.parameters import Param, ParamTable
+from progtuning_ds.memory import Batch, Budget, EngineSetup, Param, ParamTable, Request, Workload, search
 from progtuning_ds.schedule import plan_stages
 from tests.memory.test_search import LLAMA_7B, llama_shaped
 

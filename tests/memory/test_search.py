@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import itertools
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning_ds.errors import ConfigError
-from progtuning_ds.memory import Architecture, Batch, Budget, Param, ParamTable, Request, Workload, search
-from progtuning_ds.memory.search import choices, divisors, remedies, setup_of, stage_cost
+from progtuning_ds.memory import (
+    Architecture,
+    Batch,
+    Budget,
+    Choice,
+    Param,
+    ParamTable,
+    Request,
+    Workload,
+    choices,
+    divisors,
+    fewest_waiting,
+    leaving_parts,
+    remedies,
+    search,
+    setup_of,
+    stage_cost,
+)
 from progtuning_ds.schedule import plan_stages
 
 
@@ -57,32 +74,37 @@ def request(**changes: object) -> Request:
     return Request(**{**values, **changes})
 
 
-def every_answer(load: Workload, wanted: Request) -> list[tuple[float, object]]:
-    """Cost of every configuration that fits, all micro-batches of all stages tried."""
+def stage_answers(choice: Choice, load: Workload, wanted: Request, stage: int) -> list[float]:
+    """Cost of every way in which one stage fits: all micro-batches, all numbers of parts whose moments wait."""
+    setup, fitting = setup_of(choice, load, wanted), []
+    parts = sorted({group.last_stage for group in load.groups(0)})
+    counts = range(len(parts) + 1) if choice.host_state else (0,)
+    for micro, count in itertools.product(divisors(wanted.rows_per_rank), counts):
+        batch = Batch(
+            micro,
+            wanted.seq_len,
+            wanted.rows_per_rank // micro,
+            choice.checkpointing,
+            wanted.attention,
+            wanted.device,
+        )
+        waiting = tuple(parts[:count])
+        footprint = load.footprint(replace(setup, host_parts=waiting), batch, stage)
+        host = wanted.budget.host
+        if footprint.peak <= wanted.budget.usable and (host is None or footprint.host_total <= host):
+            fitting.append(stage_cost(choice, load, wanted, stage, micro, waiting))
+    return fitting
+
+
+def every_answer(load: Workload, wanted: Request) -> list[tuple[float, Choice]]:
+    """Least cost of every configuration that fits; stages are independent of each other, so of each its least."""
     found = []
+    steps = [len(stage.steps) for stage in load.plan.stages]
     for choice in choices(wanted.kernels):
-        setup = setup_of(choice, load, wanted)
-        options = []
-        for stage in load.plan.stages:
-            fitting = []
-            for micro in divisors(wanted.rows_per_rank):
-                batch = Batch(
-                    micro,
-                    wanted.seq_len,
-                    wanted.rows_per_rank // micro,
-                    choice.checkpointing,
-                    wanted.attention,
-                    wanted.device,
-                )
-                footprint = load.footprint(setup, batch, stage.index)
-                host = wanted.budget.host
-                if footprint.peak <= wanted.budget.usable and (host is None or footprint.host_total <= host):
-                    fitting.append(stage_cost(choice, load, wanted, stage.index, micro))
-            options.append(fitting)
-        steps = [len(stage.steps) for stage in load.plan.stages]
-        for combination in itertools.product(*options):
-            mean = sum(c * n for c, n in zip(combination, steps, strict=True)) / sum(steps)
-            found.append((mean, choice))
+        options = [stage_answers(choice, load, wanted, stage.index) for stage in load.plan.stages]
+        if all(options):
+            least = [min(costs) for costs in options]
+            found.append((sum(c * n for c, n in zip(least, steps, strict=True)) / sum(steps), choice))
     return found
 
 
@@ -104,6 +126,64 @@ def test_no_configuration_that_fits_is_cheaper(gpus: int, kernels: tuple[str, ..
             fits += 1
     assert fits
     assert fails
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_no_configuration_that_fits_is_cheaper_where_moments_may_wait(gpus: int) -> None:
+    kinds = set()
+    for megabytes in range(37, 100, 3):
+        wanted = request(gpus=gpus, budget=Budget(megabytes * 10**6), global_batch=4 * gpus, seq_len=64)
+        proposal = search(MEDIUM, wanted).proposal
+        answers = every_answer(MEDIUM, wanted)
+        if proposal is None:
+            assert not answers
+            continue
+        assert proposal.cost == pytest.approx(min(cost for cost, _ in answers))
+        kinds.add(proposal.host_state)
+    assert kinds == ({"none", "all"} if gpus == 1 else {"none", "lowest_part", "all"})
+
+
+MEDIUM = llama_shaped(6, 256, 704, 400, 4, 4, stages=3)
+THREE = llama_shaped(6, 64, 128, 100, 4, 2, stages=3)
+
+
+@given(
+    stage=st.integers(0, 2),
+    zero=st.integers(1, 3),
+    gpus=st.sampled_from([1, 2, 3, 8]),
+    rows=st.integers(1, 4),
+    usable=st.integers(100_000, 6_000_000),
+)
+@settings(max_examples=80, deadline=None)
+def test_each_part_that_waits_lowers_the_peak_and_no_more_wait_than_have_to(
+    stage: int, zero: int, gpus: int, rows: int, usable: int
+) -> None:
+    setup = setup_of(Choice(zero, False, False, False, "deepspeed"), THREE, request(gpus=gpus, global_batch=gpus))
+    batch, parts = Batch(rows, 32), leaving_parts(THREE)
+    assert parts == (0, 1, 2)
+    peaks = [
+        THREE.footprint(replace(setup, host_parts=parts[:count]), batch, stage).peak for count in range(len(parts) + 1)
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    found = fewest_waiting(THREE, replace(setup, host_parts=parts), batch, stage, usable)
+    fitting = [count for count, peak in enumerate(peaks) if peak <= usable]
+    # Parts that have left hold nothing: whether they are named does not matter.
+    wait = [part for part in parts[: fitting[0] if fitting else len(parts)] if part >= stage]
+    assert list(found.host_parts) == wait
+
+
+def test_moments_wait_in_the_first_stage_and_come_home_later() -> None:
+    two_gpus = [request(gpus=2, budget=Budget(size * 10**9), seq_len=512, global_batch=64) for size in (50, 65, 70, 75)]
+    found = [search(LLAMA_7B, wanted).proposal for wanted in two_gpus]
+    assert [one.host_state for one in found if one] == ["none", "all", "lowest_part", "none"]
+    offloaded, waiting, lowest, _ = found
+    assert offloaded.choice.offload_optimizer
+    assert waiting.unoffload
+    assert not lowest.unoffload
+    assert [stage.host_parts for stage in waiting.stages] == [(0, 1), (), ()]
+    assert [stage.host_parts for stage in lowest.stages] == [(0,), (), ()]
+    assert lowest.stages[0].footprint.host["exp_avg"] > 0
+    assert waiting.setup.host_parts == ()
 
 
 def test_more_memory_is_never_slower_and_less_never_faster() -> None:

@@ -1,0 +1,253 @@
+"""The model of memory: a model under a plan, and what a rank holds of it under any engine. Standard library only.
+
+Model states follow ``state`` to the byte (``StageEngine.memory()`` measures the same). Activations follow
+``activations``. What lives for a moment only (buckets, gathered weights, the copy of a gradient in the step) is
+counted at the moment it lives; the peak is the highest of these moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from progtuning_ds.layout import padded_numel, shard_numel
+from progtuning_ds.memory.activations import TokenCosts, token_costs
+from progtuning_ds.memory.architecture import Architecture
+from progtuning_ds.memory.footprint import CATEGORIES, Footprint
+from progtuning_ds.memory.parameters import Group, ParamTable
+from progtuning_ds.memory.passing import (
+    bucket_bytes,
+    gathers,
+    lasting_gradients,
+    staging,
+    step_copy,
+    step_gradients,
+    visiting_moments,
+)
+from progtuning_ds.memory.setup import Batch, EngineSetup
+from progtuning_ds.memory.state import FP32_BYTES, owned_numel
+from progtuning_ds.schedule import Stage, StagePlan
+
+_T = TypeVar("_T")
+_QUANTILE_BLOCK, _BASE_BLOCK = 256, 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model under a plan: what does not change while setups and batches are tried.
+
+    Attributes:
+        params: the model's parameters.
+        shape: the model's blocks; None counts model states only.
+        plan: what trains when.
+    """
+
+    params: ParamTable
+    shape: Architecture | None
+    plan: StagePlan
+    _cache: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def groups(self, stage: int) -> tuple[Group, ...]:
+        """Optimizer groups of a stage."""
+        return self._once(("groups", stage), lambda: self.params.groups(self.plan, stage))
+
+    def trained(self, stage: int) -> int:
+        """Elements that train in a stage."""
+        return sum(group.numel for group in self.groups(stage))
+
+    def _once(self, key: Any, compute: Callable[[], _T]) -> _T:
+        """A search asks for the same sums over all parameters thousands of times."""
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
+
+    def footprints(self, setup: EngineSetup, batches: Sequence[Batch]) -> tuple[Footprint, ...]:
+        """Footprint of every stage; one batch for each."""
+        return tuple(
+            self.footprint(setup, batch, stage.index) for stage, batch in zip(self.plan.stages, batches, strict=True)
+        )
+
+    def footprint(self, setup: EngineSetup, batch: Batch, stage: int) -> Footprint:
+        """Footprint of one stage."""
+        groups = self.groups(stage)
+        device, host = self._once((setup, stage), lambda: self._states(setup, groups))
+        return self._with_moments(setup, batch, stage, groups, dict(device), dict(host))
+
+    def model_states(self, setup: EngineSetup, stage: int) -> dict[str, int]:
+        """Bytes by category that ``StageEngine.memory()`` reports in a stage, device and host together."""
+        device, host = self._states(setup, self.groups(stage))
+        return {name: device.get(name, 0) + host.get(name, 0) for name in CATEGORIES[:5]}
+
+    # ---- what stays --------------------------------------------------------------------------------------------
+
+    def _states(self, setup: EngineSetup, groups: Sequence[Group]) -> tuple[dict[str, int], dict[str, int]]:
+        owned = owned_numel([group.numels for group in groups], setup.flavour)
+        state = self._optimizer_state(setup, owned)
+        device = {"weights": self._weights(setup)}
+        host: dict[str, int] = {}
+        if setup.offload_param:
+            persistent = self._persistent(setup) * setup.element
+            host["weights"], device["weights"] = device["weights"] - persistent, persistent
+        (host if setup.offload_optimizer else device).update(state)
+        waiting = [group for group in groups if group.last_stage in setup.host_parts]
+        if waiting and not setup.offload_optimizer:
+            away = self._optimizer_state(setup, owned_numel([group.numels for group in waiting], setup.flavour))
+            for name in ("exp_avg", "exp_avg_sq"):
+                device[name] -= away[name]
+                host[name] = away[name]
+        return device, host
+
+    @staticmethod
+    def _optimizer_state(setup: EngineSetup, owned: int) -> dict[str, int]:
+        separate = setup.flavour.bit16 or setup.zero_stage > 0
+        moment = owned * setup.state_bits // 8
+        scales = 2 * FP32_BYTES * -(-owned // _QUANTILE_BLOCK) if setup.state_bits == 8 else 0
+        return {
+            "master_weights": FP32_BYTES * owned * separate,
+            "exp_avg": moment,
+            "exp_avg_sq": moment,
+            "other_state": scales,
+        }
+
+    def _weights(self, setup: EngineSetup) -> int:
+        """Storage under the weights: shards and persistent parameters in ZeRO-3, else flat buffers of stage 0."""
+        frozen = [p.numel for p in self.params.params if p.frozen]
+        base = self._frozen_bytes(setup, frozen)
+        trainable = [p.numel for p in self.params.params if not p.frozen]
+        if setup.zero_stage == 3:
+            shards = sum(shard_numel(numel, setup.world_size) for numel in trainable)
+            return setup.element * (shards + self._persistent(setup)) + base
+        initial = self.groups(0)
+        grouped = sum(group.numel for group in initial)
+        padded = sum(self._padded(setup, group.numel) for group in initial)
+        return setup.element * (padded + sum(trainable) - grouped) + base
+
+    @staticmethod
+    def _padded(setup: EngineSetup, numel: int) -> int:
+        """Elements of a group's flat buffer; stage 0 pads nothing."""
+        return numel if setup.zero_stage == 0 else padded_numel(numel, setup.world_size)
+
+    @staticmethod
+    def _frozen_bytes(setup: EngineSetup, numels: Sequence[int]) -> int:
+        shared = setup.world_size if setup.zero_stage == 3 else 1
+        if setup.frozen_bits == 16:
+            return setup.element * sum(shard_numel(numel, shared) for numel in numels)
+        return sum(
+            -(-shard_numel(numel, shared) * setup.frozen_bits // 8) + FP32_BYTES * -(-numel // (_BASE_BLOCK * shared))
+            for numel in numels
+        )
+
+    def _persistent(self, setup: EngineSetup) -> int:
+        """Elements of what ZeRO-3 keeps whole on every rank, as gathered (``mark_persistent_parameters``)."""
+        if not gathers(setup):
+            return 0
+        small = (p.numel for p in self.params.params if p.numel <= setup.persistence_threshold)
+        return sum(shard_numel(numel, setup.world_size) * setup.world_size for numel in small)
+
+    # ---- what comes and goes -----------------------------------------------------------------------------------
+
+    def _with_moments(
+        self,
+        setup: EngineSetup,
+        batch: Batch,
+        stage: int,
+        groups: Sequence[Group],
+        device: dict[str, int],
+        host: dict[str, int],
+    ) -> Footprint:
+        owned, (lasting, on_host), copied, largest = self._once(
+            ("gradients", setup, stage),
+            lambda: (
+                owned_numel([group.numels for group in groups], setup.flavour),
+                lasting_gradients(setup, [group.numels for group in groups]),
+                step_copy(setup, groups) + visiting_moments(setup, groups),
+                max(max(group.numels) for group in groups),
+            ),
+        )
+        trained = self.trained(stage)
+        if on_host:
+            host["gradients"] = on_host + staging(setup, batch, owned, largest)
+        if lasting:
+            device["gradients"] = lasting
+        arriving, complete = step_gradients(setup, owned, trained)
+        passing, kept_low = self._activations(setup, batch, stage)
+        buckets = bucket_bytes(setup, largest)
+        gathered = self._gathered(setup)
+        held = arriving if batch.accumulation == 1 else complete
+        if setup.zero_stage in (1, 2) and setup.world_size == 1:
+            held *= 2  # measured: alone, a rank keeps what it accumulated beside what backward left
+        forward = device | passing
+        forward["gradients"] = device.get("gradients", 0) + held
+        backward = device | kept_low | {"gradients": device.get("gradients", 0) + complete, "buckets": buckets}
+        # ZeRO-1 and 2 let go of what other ranks update before they make their copy.
+        partitioned = setup.zero_stage > 0 and not setup.fp32_gradients
+        step = device | {
+            "gradients": device.get("gradients", 0)
+            + (min(complete, setup.element * owned) if partitioned else complete),
+            "step": copied,
+        }
+        if setup.zero_stage == 3:
+            forward["gathered"] = backward["gathered"] = gathered
+            forward["buckets"] = buckets
+        moments = {"forward": forward, "backward": backward, "step": step}
+        return Footprint(stage, device, moments, host)
+
+    def _activations(self, setup: EngineSetup, batch: Batch, stage: int) -> tuple[dict[str, int], dict[str, int]]:
+        """What is kept at the end of forward, and what backward's last block still has."""
+        if self.shape is None:
+            return {}, {}
+        costs = token_costs(
+            self.shape, batch.seq_len, attention=batch.attention, element=setup.element, device=batch.device
+        )
+        blocks = self._kept_by_blocks(setup, costs, self.plan.stages[stage])
+        embeddings = costs.embeddings.trained if self._backward_reaches_embeddings(stage) else 0.0
+        highest = max((kept for kept in blocks), default=0.0)
+        if batch.checkpointing:
+            kept = costs.block_input * sum(1 for block in blocks if block)
+            recomputed = highest
+        else:
+            kept, recomputed = sum(blocks), 0.0
+        base = embeddings + kept + costs.head.trained
+        lowest = embeddings + next((block for block in blocks if block), 0.0) + costs.workspace
+        tokens = batch.tokens
+        # The loss is over before the first block is recomputed: of the two, the larger counts.
+        if costs.logits + costs.logits_workspace >= recomputed + costs.workspace:
+            above = {"activations": tokens * base, "logits": tokens * (costs.logits + costs.logits_workspace)}
+        else:
+            above = {"activations": tokens * (base + recomputed + costs.workspace), "logits": 0.0}
+            if not batch.checkpointing:
+                above["logits"] = tokens * costs.logits
+        return {name: round(value) for name, value in above.items()}, {"activations": round(tokens * lowest)}
+
+    def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: Stage) -> list[float]:
+        """Bytes per token of every block; nothing below where backward stops."""
+        trains = self._components(stage)
+        wholly = set(stage.trainable_blocks)
+        reached = "embeddings" in trains
+        kept = []
+        for block in range(self.params.num_blocks):
+            reached = reached or block in trains
+            # ZeRO-3's own linear layer saves its input whether the weight trains or not.
+            all_of_it = block in wholly or setup.zero_stage == 3
+            kept.append((costs.block.trained if all_of_it else costs.block.always) if reached else 0.0)
+        return kept
+
+    def _backward_reaches_embeddings(self, stage: int) -> bool:
+        return "embeddings" in self._components(self.plan.stages[stage])
+
+    def _components(self, stage: Stage) -> frozenset[str | int]:
+        """Components that train at least partly."""
+        return self._once(
+            ("components", stage.index),
+            lambda: frozenset(p.component for p in self.params.trains(stage, self.plan.always_train)),
+        )
+
+    def _gathered(self, setup: EngineSetup) -> int:
+        """Whole ZeRO-3 weights at once: what reuse keeps, at least the largest module and what is fetched ahead."""
+        if not gathers(setup):
+            return 0
+        limit = setup.persistence_threshold
+        sharded = self._once(("sharded", limit), lambda: [p.numel for p in self.params.params if p.numel > limit])
+        at_least = max(sharded, default=0) + setup.prefetch_bucket
+        return setup.element * min(sum(sharded), max(at_least, setup.max_live))
