@@ -229,6 +229,8 @@ class CheckpointConfig:
     """Save when a stage is over."""
     on_signal: Flag = True
     """On SIGTERM and SIGUSR1 finish the optimizer step, save, and exit with code 75."""
+    asynchronous: Flag = False
+    """Write files while training goes on; host memory then holds a copy of what changes (weights, optimizer state)."""
     keep_last: Count = 2
     """Newest checkpoints to keep."""
     keep_best: CountOrZero = 0

@@ -29,6 +29,7 @@ from progtuning_ds.methods.frozen_linear import freezable
 from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
 from progtuning_ds.tasks import Task, build_task
+from progtuning_ds.tasks.checksum import rows_checksum
 from progtuning_ds.train import models
 from progtuning_ds.train.acceleration import check_acceleration
 from progtuning_ds.train.order import RowOrder
@@ -66,6 +67,11 @@ class Job:
     def workload(self) -> Workload:
         """The run as the model of memory sees it."""
         return Workload(self.params, self.architecture, self.plan)
+
+    @cached_property
+    def data_identity(self) -> str:
+        """What tells the training rows from others: their number, and a checksum of all they hold."""
+        return f"{self.order.num_rows} rows with checksum {rows_checksum(self.task.train.rows)}"
 
     @property
     def account(self) -> RunAccount:

@@ -32,6 +32,7 @@ from progtuning_ds.train.progress import make_progress
 from progtuning_ds.train.ranks import Ranks, memory_bytes
 from progtuning_ds.train.records import RecordLog, RunRecord, SessionRecord, StageRecord, read_records
 from progtuning_ds.train.report import write_report
+from progtuning_ds.train.run_lock import run_lock
 from progtuning_ds.train.signals import StopSignals
 from progtuning_ds.train.submit import write_submissions
 from progtuning_ds.train.summary import print_summary
