@@ -66,7 +66,22 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Modul
             )
         else:
             raise ValueError(f"kind must be 'bert', 'wide' or 'llama', got {kind!r}")
-        return with_method(model.to(dtype), method)
+        if method == "qlora":
+            quantize_linears(model)
+        # Drawn in fp32 for all dtypes and rounded then, as DeepSpeed does it: bit16 draws other numbers.
+        return with_method(model, "lora" if method == "qlora" else method).to(dtype)
+
+
+def quantize_linears(model: torch.nn.Module) -> None:
+    """Store the linear layers of all blocks in NF4 with double quantization, in place, as bitsandbytes does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and _BLOCK.search(name + "."):
+            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None, quant_type="nf4")
+            layer.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+            layer.bias = module.bias
+            model.set_submodule(name, layer)
 
 
 def with_method(model: torch.nn.Module, method: str) -> torch.nn.Module:

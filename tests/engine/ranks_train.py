@@ -103,10 +103,12 @@ def build_staged(
 def ordinary_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """The two groups of every fine-tuning script: one that decays, one that does not."""
     parameters = list(model.parameters())
-    return [
+    groups = [
         {"params": [p for p in parameters if problem.decays(p)], "weight_decay": problem.WEIGHT_DECAY},
         {"params": [p for p in parameters if not problem.decays(p)], "weight_decay": 0.0},
     ]
+    # DeepSpeed drops what does not require grad, and cannot build ZeRO-1 or 2 on a group of which nothing is left.
+    return [group for group in groups if any(p.requires_grad for p in group["params"])]
 
 
 def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:

@@ -19,12 +19,23 @@ DEFAULT = [
     ("bert+bitfit", "zero2-fp32", "rotating"),
     ("bert+bitfit", "zero3-fp32", "planned"),
     ("bert+ia3", "zero2-fp32", "planned"),
+    ("bert+qlora", "zero2-fp32", "planned"),
+    ("llama+qlora", "zero3-fp32", "planned"),
 ]
+MODES_OF_MORE = ("planned", "rotating")
 MORE = [
-    (f"{base}+{method}", flavour, mode)
-    for base, method in [("bert", "dora"), ("bert", "rslora"), ("bert", "layernorm"), ("llama", "lora")]
-    for flavour in ("zero1-fp32", "zero2-bf16", "zero3-fp32")
-    for mode in ("planned", "rotating")
+    *(
+        (f"bert+{method}", flavour, mode)
+        for method in ("lora", "dora", "rslora", "layernorm")
+        for flavour in ("zero1-fp32", "zero2-bf16", "zero3-fp32")
+        for mode in MODES_OF_MORE
+        if (f"bert+{method}", flavour, mode) not in DEFAULT
+    ),
+    *(("llama+lora", flavour, mode) for flavour in ("zero1-fp32", "zero3-fp32") for mode in MODES_OF_MORE),
+    ("llama+qlora", "zero2-bf16", "planned"),
+    ("llama+qlora", "zero2-fp32", "rotating"),
+    ("bert+qlora", "zero3-fp32", "rotating"),
+    ("bert+qlora", "zero1-fp32", "planned"),
 ]
 
 
@@ -53,7 +64,7 @@ def test_a_method_trains_as_the_oracle_and_leaves_the_base_alone(
                 assert torch.equal(phase[parameter], run.weights[0][parameter]), parameter
     frozen_now = [b.transition.frozen for b in runs[0].boundaries]
     assert all(frozen_now) or mode == "rotating"
-    marks = {"lora": "lora_", "ia3": "ia3_", "adapter": "adapter_", "bitfit": "bias"}
+    marks = {"lora": "lora_", "qlora": "lora_", "ia3": "ia3_", "adapter": "adapter_", "bitfit": "bias"}
     mark = marks.get(kind.split("+")[1])
     if mark:
         assert all(mark in parameter for names in frozen_now for parameter in names if ".layer." in parameter)
