@@ -26,6 +26,7 @@ from progtuning_ds.transfer import DEFAULT_CHUNK_BYTES
 from progtuning_ds.transition import StageTransition, describe
 from progtuning_ds.zero import Adapter, build_adapter
 from progtuning_ds.zero.checkpoints import complete_checkpoints
+from progtuning_ds.zero.compression import Compression
 from progtuning_ds.zero.fused import FusedStep, take_over_step
 
 logger = logging.getLogger(__name__)
@@ -47,11 +48,13 @@ class StageEngine:
         lr_scheduler: a scheduler the engine does not know, because you step it yourself; default the engine's own.
         kernel: who does the optimizer step: "deepspeed" (default), "triton", "reference" (plain PyTorch), or "auto"
             (the best fused step there is for the device and flavour, else DeepSpeed's).
+        on_freeze: what becomes of the linear layers' weights of a block that the plan has frozen for good: "keep", or
+            "int8" or "nf4" to quantize them, which gives back most of their memory. They cannot train again.
 
     Raises:
         UnsupportedDeepSpeedError: for a feature or version of DeepSpeed that cannot be retargeted, by name.
         StageTransitionError: if ranks hold different plans, or the optimizer holds parameters that are frozen.
-        ValueError: if plan, blocks and model do not fit each other.
+        ValueError: if plan, blocks and model do not fit each other, or ``on_freeze`` does not fit them.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class StageEngine:
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
         lr_scheduler: Any | None = None,
         kernel: str = "deepspeed",
+        on_freeze: str = "keep",
     ) -> None:
         if plan.num_blocks != len(blocks):
             raise ValueError(f"plan.num_blocks must be {len(blocks)} as the model's, got {plan.num_blocks}")
@@ -77,8 +81,10 @@ class StageEngine:
         self._stage: Stage | None = None
         self._fused: FusedStep | None = None
         self._check_names()
-        self._check_same_everywhere("the plan or the model", plan, blocks.blocks, blocks.embeddings, blocks.head)
+        parts = (blocks.blocks, blocks.embeddings, blocks.head)
+        self._check_same_everywhere("the plan or the model", plan, *parts, on_freeze)
         self._check_nothing_frozen()
+        self._compression = None if on_freeze == "keep" else Compression(self._adapter, plan, blocks, on_freeze)
         free_backward(engine.module, plan, blocks)
         complete_checkpoints(engine)
         self._fused = take_over_step(self._adapter, kernel)
@@ -99,6 +105,16 @@ class StageEngine:
     def adapter(self) -> Adapter:
         """What reads and changes the engine's buffers, for code that saves and restores them."""
         return self._adapter
+
+    @property
+    def on_freeze(self) -> str:
+        """What becomes of blocks that freeze for good: "keep", "int8" or "nf4"."""
+        return "keep" if self._compression is None else self._compression.kind
+
+    @property
+    def compression(self) -> Compression | None:
+        """What quantizes frozen blocks, and makes them dense again to export; None with ``on_freeze="keep"``."""
+        return self._compression
 
     @property
     def kernel(self) -> str:
@@ -135,8 +151,9 @@ class StageEngine:
             return None
         target = self.blocks.trainable_names(stage, self.plan.always_train)
         transition = None
-        if set(target) != set(self.trainable_names):
-            transition = self._retarget(target, stage.index, step)
+        done_with = self._compression.due(stage) if self._compression is not None else ()
+        if done_with or set(target) != set(self.trainable_names):
+            transition = self._retarget(target, stage.index, step, done_with)
             logger.info("%s", describe(transition, len(self.plan.stages)))
         self._stage = stage
         return transition
@@ -148,8 +165,7 @@ class StageEngine:
         fresh state; what the others held is released.
 
         Raises:
-            StageTransitionError: in mid-accumulation, or if ranks disagree. Nothing was changed.
-            ValueError: for a name the model does not have, or no name at all.
+            X the model does not have, or no name at all.
         """
         return self._retarget(tuple(dict.fromkeys(names)), None, None)
 
@@ -182,13 +198,11 @@ class StageEngine:
         """Release what frozen parameters still hold: ``retarget`` to what trains now; collective."""
         return self.retarget(self.trainable_names)
 
-    def _retarget(self, target: tuple[str, ...], stage: int | None, step: int | None) -> StageTransition:
+    def _retarget(
+        self, target: tuple[str, ...], stage: int | None, step: int | None, done_with: tuple[int, ...] = ()
+    ) -> StageTransition:
         adapter = self._adapter
-        for name in target:
-            if name not in adapter.params:
-                raise ValueError(
-                    f"names must be parameters of the model, got {name!r}{did_you_mean(name, adapter.params)}"
-                )
+        self._check_target(target)
         self._check_boundary()
         self._check_same_everywhere("what shall train", target, stage, step)
         began = time.perf_counter()
@@ -199,6 +213,8 @@ class StageEngine:
         if self._fused is not None:
             self._fused.release()
         moved = adapter.regroup(plan, self.chunk_bytes)
+        if self._compression is not None:
+            self._compression.quantize(done_with)
         if not get_accelerator().is_synchronized_device():
             get_accelerator().empty_cache()  # freed blocks go back to the device, not only to torch's pool
         after = adapter.memory()
@@ -207,7 +223,7 @@ class StageEngine:
             step=step,
             frozen=plan.leaving,
             unfrozen=plan.joining,
-            released_bytes={key: before[key] - after[key] for key in before},
+            released_bytes={key: before.get(key, 0) - after.get(key, 0) for key in {**before, **after}},
             memory_bytes=after,
             moved_bytes=moved,
             planned=plan.only_drops,
@@ -233,6 +249,18 @@ class StageEngine:
         strangers = sorted(known - self._adapter.params.keys())
         if strangers:
             raise ValueError(f"blocks must come from the engine's model, which has no parameter {strangers[0]!r}")
+
+    def _check_target(self, target: tuple[str, ...]) -> None:
+        params = self._adapter.params
+        quantized = self._compression.names if self._compression is not None else frozenset()
+        for name in target:
+            if name not in params:
+                raise ValueError(f"names must be parameters of the model, got {name!r}{did_you_mean(name, params)}")
+            if name in quantized:
+                raise StageTransitionError(
+                    f"names must hold no weight that was quantized when its block froze (on_freeze), got {name!r}; it "
+                    f"cannot train again, nothing was changed"
+                )
 
     def _check_nothing_frozen(self) -> None:
         frozen = [name for name in self.trainable_names if not self._adapter.params[name].requires_grad]

@@ -14,7 +14,8 @@ class StageTransition:
         step: optimizer step it begins with, None likewise.
         frozen: names of the parameters that left.
         unfrozen: names of the parameters that joined.
-        released_bytes: bytes given back on this rank per category; negative where it grew.
+        released_bytes: bytes given back on this rank per category; negative where it grew. With ``on_freeze``,
+            `weights` fall and `quantized_weights` grow.
         memory_bytes: bytes held on this rank per category afterwards (``Adapter.memory``).
         moved_bytes: bytes that crossed ranks, summed over all ranks.
         planned: True if whole groups were dropped and nothing else happened.

@@ -15,8 +15,11 @@ from progtuning_ds.errors import ConfigError, did_you_mean
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Return the parameter's shape; ZeRO-3 keeps it in `ds_shape` while the tensor itself is empty."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """Return the parameter's shape; ZeRO-3 keeps it in `ds_shape` while the tensor itself is empty.
+
+    A weight that was quantized when its block froze keeps the one it had in `dense_shape`.
+    """
+    return tuple(getattr(parameter, "dense_shape", None) or getattr(parameter, "ds_shape", parameter.shape))
 
 
 def full_numel(parameter: torch.Tensor) -> int:

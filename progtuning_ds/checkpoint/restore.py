@@ -19,6 +19,7 @@ from progtuning_ds.checkpoint import agreement
 from progtuning_ds.checkpoint.fragments import MASTER, WEIGHTS, Fragments, read_fragments
 from progtuning_ds.checkpoint.plain_values import decode
 from progtuning_ds.checkpoint.rng import restore_rng, seed_new_rank
+from progtuning_ds.checkpoint.snapshot import scale_tensors
 from progtuning_ds.checkpoint.tensor_file import TensorReader
 from progtuning_ds.engine import StageEngine
 from progtuning_ds.errors import CheckpointError, did_you_mean
@@ -77,6 +78,11 @@ def check_fits(stages: StageEngine, saved: Saved) -> None:
         raise CheckpointError(
             f"checkpoint {saved.folder} is of another stage plan: {_first_difference(saved.shared['plan'], stages)}"
         )
+    if saved.shared.get("on_freeze", "keep") != stages.on_freeze:
+        raise CheckpointError(
+            f"checkpoint {saved.folder} was made with on_freeze {saved.shared.get('on_freeze', 'keep')}, and this "
+            f"engine has {stages.on_freeze}"
+        )
     if stages.engine.global_steps:
         raise CheckpointError(
             f"a checkpoint goes into a fresh engine, and this one has done {stages.engine.global_steps} steps"
@@ -110,6 +116,8 @@ def _read_own(stages: StageEngine, saved: Saved) -> None:
         for buffer in held_buffers(adapter):
             _Filler(saved, fragments, reader, device, adapter.torch_optimizer, plain["optimizer"]).fill(buffer)
         _restore_module_buffers(stages, saved, reader)
+        for name, tensor in scale_tensors(stages.engine.module).items():
+            tensor.copy_(reader.read(saved.files[0], name))
         set_plain_state(adapter, plain)
         rank = adapter.ranks.rank
         if rank < len(saved.ranks):

@@ -12,9 +12,12 @@ from progtuning_ds.checkpoint.fragments import MASTER
 from progtuning_ds.checkpoint.plain_values import encode
 from progtuning_ds.checkpoint.rng import rng_tensors, rng_values
 from progtuning_ds.engine import StageEngine
+from progtuning_ds.methods.frozen_linear import frozen_layers, scales_of
 from progtuning_ds.zero.adapter import Adapter
 from progtuning_ds.zero.held_state import HeldBuffer, held_buffers, replicas, weight_shares
 from progtuning_ds.zero.hyper_state import plain_state
+
+SCALES = "frozen."
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ def rank_state(stages: StageEngine) -> RankState:
     ]
     for name, tensor in _module_buffers(stages).items():
         tensors[f"module.{name}"] = tensor
+    if adapter.ranks.rank == 0:  # whole on every rank
+        tensors |= scale_tensors(stages.engine.module)
     tensors |= rng_tensors()
     described = {
         "weights": weights,
@@ -83,7 +88,17 @@ def shared_state(stages: StageEngine) -> dict[str, Any]:
         "groups": groups,
         "masked": sorted(held - set(stages.trainable_names)),
         "shapes": {name: list(full_shape(param)) for name, param in adapter.params.items()},
+        "on_freeze": stages.on_freeze,
         "plain": encode(plain_state(adapter)),
+    }
+
+
+def scale_tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What beside its codes makes up each weight that was quantized when its block froze, by name in a file."""
+    return {
+        f"{SCALES}{name}.{key}": tensor
+        for name, layer in frozen_layers(module)
+        for key, tensor in scales_of(layer).items()
     }
 
 

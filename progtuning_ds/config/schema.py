@@ -82,6 +82,8 @@ class ScheduleConfig:
     """Number of stages; by default one per epoch."""
     embeddings: Literal["always", "first_stage", "never"] = "always"
     """When the embeddings train; `always` is the paper's choice, the others let backward stop early."""
+    on_freeze: Literal["keep", "int8", "nf4"] = "keep"
+    """What becomes of the linear layers of a block that has frozen for good; quantized, they give back memory."""
     stage_lengths: list[Positive] | None = None
     """Length of each stage in `length_unit`; by default all stages are equally long."""
     length_unit: Literal["steps", "epochs", "fractions"] = "epochs"
@@ -238,6 +240,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_RULES)
+class ExportConfig:
+    """What the trained model that a run leaves in `final` holds."""
+
+    frozen: Literal["dequantized", "exact"] = "dequantized"
+    """Of blocks quantized by `schedule.on_freeze`: what later stages saw, or the exact weights at the freeze."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_RULES)
 class GuardConfig:
     """What ends a run that has gone wrong, instead of wasting its hours."""
 
@@ -273,4 +283,5 @@ class RunConfig:
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     logging: LoggingConfig = Field(default_factory=LoggingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
     guard: GuardConfig = Field(default_factory=GuardConfig)

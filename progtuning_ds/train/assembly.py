@@ -65,7 +65,10 @@ def build(job: Job, ranks: Ranks) -> Built:
         config=job.deepspeed,
         lr_scheduler=_scheduler(job),
     )
-    stages = StageEngine(engine, job.plan, job.blocks, kernel=job.config.optimizer.kernel)
+    config = job.config
+    stages = StageEngine(
+        engine, job.plan, job.blocks, kernel=config.optimizer.kernel, on_freeze=config.schedule.on_freeze
+    )
     forget_history(stages.adapter.torch_optimizer)
     return Built(engine, stages, hf_deepspeed)
 

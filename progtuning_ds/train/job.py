@@ -33,7 +33,7 @@ from progtuning_ds.tasks.checksum import rows_checksum
 from progtuning_ds.train import models
 from progtuning_ds.train.acceleration import check_acceleration
 from progtuning_ds.train.order import RowOrder
-from progtuning_ds.train.planning import make_plan
+from progtuning_ds.train.planning import check_on_freeze, make_plan
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
     blocks = discover_blocks(empty, path=blocks_path(empty, config.model.blocks))
     plan = make_plan(config.schedule, len(blocks), epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch)
     warmup_steps = settle_warmup(config.train, source, plan.total_steps)
-    return Job(
+    job = Job(
         config=config,
         settings=settings,
         shape=shape,
@@ -142,6 +142,15 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         ),
         deepspeed_name=source.name,
     )
+    check_on_freeze(
+        config,
+        plan,
+        freezable(empty, blocks).values(),
+        element=models.DTYPES[settings.precision].itemsize,
+        sharing_ranks=settings.world_size if job.zero_stage == 3 else 1,
+        offloads_parameters=bool(job.deepspeed.get("zero_optimization", {}).get("offload_param")),
+    )
+    return job
 
 
 def without_freezing(job: Job, output_dir: str) -> Job:

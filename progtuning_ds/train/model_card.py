@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -51,6 +51,12 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
         f"- Updated parameters: {run.updated_params:,} instead of {run.updated_params_full:,} for full fine-tuning "
         f"({run.saving:.1%} saved)"
     )
+    if run.frozen_metrics:
+        kept = {"dequantized": "what later stages saw, dequantized", "exact": "the exact weights it had when it froze"}
+        yield (
+            f"- Blocks were quantized to {config.schedule.on_freeze} when they froze, to give back memory; of each, "
+            f"this export holds {kept[config.export.frozen]}"
+        )
     yield from ("", "## Stages", "")
     yield f"| stage | steps | trains | parameters | {run.main_metric} |"
     yield "|---|---|---|---|---|"
@@ -63,9 +69,17 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
         yield f"| {stage.stage + 1}/{len(stages)} | {first}-{last} | {trains} | {stage.trainable_params:,} | {score} |"
     yield from ("", "## Metrics", "")
     for split, metrics in run.metrics.items():
-        yield f"- {split}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        yield f"- {split}: {_scores(metrics)}"
+    for kind, splits in run.frozen_metrics.items():
+        here = ", as in this export" if kind == config.export.frozen else ""
+        for split, metrics in splits.items():
+            yield f"- {split}, frozen blocks {kind}{here}: {_scores(metrics)}"
     yield from ("", "## Versions", "")
     yield from (f"- {name} {version}" for name, version in run.versions.items())
+
+
+def _scores(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _front_matter(job: Job) -> dict[str, object]:

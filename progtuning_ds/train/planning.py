@@ -1,9 +1,12 @@
-"""Turns the schedule section into a stage plan. No torch, no deepspeed."""
+"""Turns the schedule section into a stage plan, and checks what freezing does. No torch, no deepspeed."""
 
 from __future__ import annotations
 
-from progtuning_ds.config import ScheduleConfig
+from collections.abc import Collection
+
+from progtuning_ds.config import RunConfig, ScheduleConfig
 from progtuning_ds.errors import ConfigError
+from progtuning_ds.on_freeze import why_not
 from progtuning_ds.schedule import StagePlan, custom_plan, plan_stages
 
 
@@ -47,3 +50,47 @@ def _custom(schedule: ScheduleConfig, num_blocks: int, total: int) -> StagePlan:
     if plan.total_steps != total:
         raise ConfigError(f"the steps of stages must add up to the {total} steps of the run, got {plan.total_steps}")
     return plan
+
+
+def check_on_freeze(
+    config: RunConfig,
+    plan: StagePlan,
+    shapes: Collection[tuple[int, int]],
+    *,
+    element: int,
+    sharing_ranks: int,
+    offloads_parameters: bool,
+) -> None:
+    """Raise a ConfigError, one line, unless `schedule.on_freeze` and `export.frozen` fit the run.
+
+    Args:
+        config: the run configuration.
+        plan: its stages.
+        shapes: (outputs, inputs) of the linear layers in blocks.
+        element: bytes of a weight.
+        sharing_ranks: ranks that share each weight (ZeRO-3), else 1.
+        offloads_parameters: whether weights are in host memory (ZeRO-3).
+    """
+    kind = config.schedule.on_freeze
+    if kind == "keep":
+        if config.export.frozen != "dequantized":
+            raise ConfigError(
+                f"export.frozen {config.export.frozen} needs schedule.on_freeze int8 or nf4; without, every export "
+                f"holds exact weights"
+            )
+        return
+    if config.method.kind != "full":
+        raise ConfigError(
+            f"schedule.on_freeze must be keep with method.kind {config.method.kind}, got {kind!r}: nothing of the "
+            f"base trains before it freezes; method.quantization quantizes it from the start"
+        )
+    reason = why_not(
+        kind,
+        plan,
+        shapes,
+        element=element,
+        sharing_ranks=sharing_ranks,
+        offloads_parameters=offloads_parameters,
+    )
+    if reason:
+        raise ConfigError(f"schedule.on_freeze must be keep here, got {kind!r}: {reason}")

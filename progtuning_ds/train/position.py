@@ -39,6 +39,7 @@ class Position:
         best: the highest main metric at the end of an epoch so far.
         waited: epochs since then.
         ended: whether the run is over before its time (`train.early_stopping`).
+        frozen: size and checksum of each file of exact weights of frozen blocks (`schedule.on_freeze`).
     """
 
     done: int = 0
@@ -53,6 +54,7 @@ class Position:
     best: float | None = None
     waited: int = 0
     ended: bool = False
+    frozen: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that `from_dict` turns into an equal position."""

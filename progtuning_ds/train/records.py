@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +65,11 @@ class StageRecord:
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """A whole run, written at its end. `updated_params` is the paper's measure (arXiv 2506.21119, section 4)."""
+    """A whole run, written at its end. `updated_params` is the paper's measure (arXiv 2506.21119, section 4).
+
+    Where blocks were quantized when they froze, `metrics` are of the model as it was trained, and `frozen_metrics` of
+    it with either kind of frozen weights, `dequantized` and `exact`.
+    """
 
     kind: str
     world_size: int
@@ -80,6 +84,7 @@ class RunRecord:
     main_metric: str
     metrics: dict[str, dict[str, float]]
     versions: dict[str, str]
+    frozen_metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

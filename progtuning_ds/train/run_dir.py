@@ -18,6 +18,7 @@ CONFIG, DEEPSPEED, PLAN, PLOT = "config.yaml", "deepspeed.json", "plan.json", "t
 COMPARISON, FINAL, FULL, CHECKPOINTS = "comparison.json", "final", "full", "checkpoints"
 MERGED = "merged"
 SUBMISSION = "submission"
+FROZEN = "frozen"
 SUMMARY = "summary.json"
 AUTO, NEVER = "auto", "never"
 """What `--resume` may be beside a path."""
@@ -26,6 +27,7 @@ FREE = {
     "checkpoint",
     "data.num_workers",
     "deepspeed",
+    "export",
     "guard",
     "logging",
     "memory",
@@ -47,6 +49,7 @@ _ARTIFACTS = (
     f"{FINAL}.new",
     MERGED,
     SUBMISSION,
+    FROZEN,
     FULL,
     "steps.jsonl",
     "stages.jsonl",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from progtuning_ds.errors import ConfigError
 from progtuning_ds.train import run_dir
 from progtuning_ds.train.assembly import Built, build
 from progtuning_ds.train.export import save_final, save_merged
+from progtuning_ds.train.frozen import FrozenWeights, finish
 from progtuning_ds.train.guard import GuardError
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.keeper import Keeper
@@ -112,18 +115,18 @@ class Session:
         rollbacks = 0
         while True:
             built, position = self._build(found, rollbacks)
+            frozen = self._frozen_weights(built, position, found)
             self._tell(observer, position, found, reason, message)
             memory = MemoryControl(self.memory, built, self.ranks, self._say)
             watcher = self._with_monitors(observer, built)
             loop = TrainingLoop(self.job, built, self.ranks, watcher, self.keeper, self.signals, position, memory)
             try:
                 metrics = loop.run()
-                self._export(built)
-                for path in write_submissions(self.job, built.engine, self.ranks, self.folder / run_dir.SUBMISSION):
-                    self._say(f"predictions of the test rows in {path}")
+                scores = finish(self.job, built, self.ranks, frozen, partial(self._export, built))
                 if loop.position.ended:
                     self._say(f"ended early: {self.job.task.main_metric} has not risen (train.early_stopping)")
-                return run_record(self.job.until(loop.position.done), self.ranks, metrics, loop.seconds)
+                record = run_record(self.job.until(loop.position.done), self.ranks, metrics, loop.seconds)
+                return replace(record, frozen_metrics=scores)
             except GuardError as trip:
                 rollbacks = loop.position.rollbacks + 1
                 found, message, reason = self._way_back(trip, rollbacks), str(trip), "rollback"
@@ -135,6 +138,16 @@ class Session:
         new = self.folder / f"{run_dir.FINAL}.new"
         save_final(built.module, self.job.tokenizer, new, is_first=self.ranks.is_first)
         on_first(lambda: run_dir.put_in_place(new, self.folder / run_dir.FINAL))
+        for path in write_submissions(self.job, built.engine, self.ranks, self.folder / run_dir.SUBMISSION):
+            self._say(f"predictions of the test rows in {path}")
+
+    def _frozen_weights(self, built: Built, position: Position, found: Checkpoint | None) -> FrozenWeights:
+        """Where blocks that freeze leave their exact weights, before they are quantized."""
+        frozen = FrozenWeights(self.folder, position.frozen)
+        frozen.take_over(None if found is None else found.folder.parent.parent)
+        if built.stages.compression is not None:
+            built.stages.compression.keep = frozen.keep
+        return frozen
 
     def _build(self, found: Checkpoint | None, rollbacks: int) -> tuple[Built, Position]:
         built = build(self.job, self.ranks)

@@ -33,9 +33,11 @@ def print_summary(console: Console, run: RunRecord, stages: Sequence[StageRecord
         f"{run.saving:.1%} saved",
         highlight=False,
     )
-    for split, metrics in run.metrics.items():
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        console.print(f"{split}: {scores}", highlight=False)
+    kinds = {f", frozen blocks {kind}": splits for kind, splits in run.frozen_metrics.items()}
+    for kind, splits in {"": run.metrics, **kinds}.items():
+        for split, metrics in splits.items():
+            scores = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            console.print(f"{split}{kind}: {scores}", highlight=False)
 
 
 def print_comparison(console: Console, runs: Sequence[RunRecord], stages: Sequence[Sequence[StageRecord]]) -> None:

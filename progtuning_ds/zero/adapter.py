@@ -6,26 +6,31 @@ Owns names, ranks, hyper-parameter groups and the order of a retarget. Knows no 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 
-from progtuning_ds.errors import UnsupportedDeepSpeedError, UnsupportedStateError
+from progtuning_ds.errors import UnsupportedDeepSpeedError
+from progtuning_ds.methods.frozen_linear import frozen_layers, held_beside, owner
 from progtuning_ds.regroup import GroupPlan
 from progtuning_ds.transfer import Ranks
+from progtuning_ds.zero.cut_state import check_state
 from progtuning_ds.zero.hyper import HyperParameters
 
 Parameter = torch.nn.Parameter
 
 MEMORY_CATEGORIES = ("weights", "master_weights", "exp_avg", "exp_avg_sq", "other_state", "gradients")
+QUANTIZED = "quantized_weights"
 """Keys of ``Adapter.memory``: bytes held by this rank.
 
-``weights`` are the model's own (bit16 or fp32) elements on this rank, trained or not; ``master_weights`` fp32 copies
-that are not the weights themselves; ``exp_avg``, ``exp_avg_sq`` and ``other_state`` optimizer state of more than one
-element; ``gradients`` buffers that live from step to step.
+``weights`` are the model's own (bit16 or fp32) elements on this rank, trained or not, without ``quantized_weights``:
+codes and scales of blocks that were quantized when they froze, a key that is there if any are. ``master_weights`` are
+fp32 copies that are not the weights themselves; ``exp_avg``, ``exp_avg_sq`` and ``other_state`` optimizer state of more
+than one element; ``gradients`` buffers that live from step to step.
 """
 
 
@@ -80,9 +85,28 @@ class Adapter(abc.ABC):
         """Masters whose state ``plan`` cuts; none where state hangs on one tensor per parameter."""
         return []
 
+    def held(self, param: Parameter) -> list[torch.Tensor]:
+        """The tensors through which this rank holds a parameter; giving one other ``data`` releases what it had."""
+        return [param]
+
+    @contextmanager
+    def whole(self, names: Iterable[str]) -> Iterator[None]:
+        """Inside, ``data`` of these parameters is complete on every rank; to read. Collective."""
+        yield
+
+    def overwrite(self, name: str, value: torch.Tensor | None) -> None:
+        """Give a frozen parameter the value that the first rank has; collective."""
+        param = self.params[name]
+        if value is not None:
+            param.data.copy_(value)
+        dist.broadcast(param.data, self.ranks.global_rank(0), group=self.ranks.group)
+
+    def adopt(self, new: Parameter, old: Parameter) -> None:  # noqa: B027 - most flavours have nothing to do
+        """Let DeepSpeed treat ``new``, which takes the place of ``old``, as its own; collective."""
+
     def weight_tensors(self) -> Iterable[torch.Tensor]:
         """Storage of the model's weights on this rank."""
-        return (p.data for p in self.params.values())
+        return (tensor.data for param in self.params.values() for tensor in self.held(param))
 
     # ---- what all flavours share -------------------------------------------------------------------------------
 
@@ -97,12 +121,40 @@ class Adapter(abc.ABC):
             UnsupportedStateError: if state it would cut cannot be cut.
         """
         for master in self.moving_masters(plan):
-            split_state(master, self.torch_optimizer.state.get(master, {}))
+            check_state(master, self.torch_optimizer.state.get(master, {}))
+
+    def exchange(self, new: Mapping[str, Parameter]) -> None:
+        """Put other parameters in the place of frozen ones and release what those held; collective."""
+        gone: list[torch.Tensor] = []
+        known = self.engine.param_names
+        for name, param in new.items():
+            old = self.params[name]
+            self.adopt(param, old)
+            setattr(owner(self.engine.module, name), name.rpartition(".")[2], param)
+            self.names[id(param)] = self.names.pop(id(old))
+            self.params[name] = param
+            known[param] = known.pop(old)
+            gone += self.held(old)
+        self._let_go(gone)
+
+    def _let_go(self, gone: list[torch.Tensor]) -> None:
+        """Empty ``gone``; what is frozen and lies in the same storage moves out, or it would pin it."""
+        storages = {tensor.untyped_storage().data_ptr() for tensor in gone if tensor.numel()}
+        trained = {name for group in self.groups() for name in group}
+        for name, param in self.params.items():
+            for tensor in self.held(param) if name not in trained else ():
+                if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
+                    tensor.data = tensor.data.clone()
+        for tensor in gone:
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
 
     def memory(self) -> dict[str, int]:
         """Bytes this rank holds per category (see ``MEMORY_CATEGORIES``), each storage counted once."""
         counter = _StorageCounter()
         total = dict.fromkeys(MEMORY_CATEGORIES, 0)
+        for name, layer in frozen_layers(self.engine.module):
+            tensors = [*self.held(self.params[name]), *held_beside(layer)]
+            total[QUANTIZED] = total.get(QUANTIZED, 0) + sum(counter.new_bytes(t) for t in tensors)
         total["weights"] = sum(counter.new_bytes(t) for t in self.weight_tensors())
         for master in self.master_tensors():
             total["master_weights"] += counter.new_bytes(master)
@@ -140,27 +192,6 @@ class Adapter(abc.ABC):
                 f"DeepSpeed {deepspeed.__version__} is not supported: {type(self.wrapper).__name__} keeps per-group "
                 f"lists this version does not know: {', '.join(unknown)}"
             )
-
-
-def split_state(master: torch.Tensor, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Sort optimizer state of one master into tensors laid out like it (they move) and per-tensor values (they stay).
-
-    Raises:
-        UnsupportedStateError: for a state tensor that is neither, e.g. 8-bit statistics per block.
-    """
-    moving: dict[str, torch.Tensor] = {}
-    staying: dict[str, Any] = {}
-    for key, value in state.items():
-        if torch.is_tensor(value) and value.numel() > 1:
-            if value.shape != master.shape:
-                raise UnsupportedStateError(
-                    f"optimizer state {key!r} of shape {tuple(value.shape)} cannot be re-partitioned with a master of "
-                    f"shape {tuple(master.shape)}; plan boundaries with progtuning_ds.param_groups, which move nothing"
-                )
-            moving[key] = value
-        else:
-            staying[key] = value
-    return moving, staying
 
 
 def forget_gradients(params: Iterable[Parameter], attributes: Sequence[str] = ("grad",)) -> None:

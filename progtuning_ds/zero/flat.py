@@ -16,7 +16,8 @@ from progtuning_ds.layout import FLAT_ALIGNMENT, Layout, flat_layout, flat_offse
 from progtuning_ds.regroup import GroupPlan, GroupTarget
 from progtuning_ds.repartition import RepartitionPlan, check_exact, order_survivors, plan_repartition
 from progtuning_ds.transfer import Ranks, carry, drain, split_buffer, zero_gaps
-from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state, unlink
+from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, unlink
+from progtuning_ds.zero.cut_state import cut_state
 
 
 @dataclass(frozen=True)
@@ -140,19 +141,19 @@ class FlatAdapter(Adapter):
     def _carry_state(
         self, old: torch.Tensor, plan: RepartitionPlan, new_layout: Layout, chunk_bytes: int
     ) -> tuple[torch.Tensor, int]:
-        moving, staying = split_state(old, self.torch_optimizer.state.pop(old, {}))
         moved = 0
-        carried: dict[str, torch.Tensor] = {}
         share = new_layout.partition_numel[0]
-        # A fixed order of kinds: every rank has the same ones, and they move in step.
-        for key in sorted(moving):
-            tensor = moving.pop(key)
+
+        def carry_on(tensor: torch.Tensor) -> list[torch.Tensor]:
+            nonlocal moved
             moved += plan.numel_between_ranks * tensor.element_size()
-            carried[key] = self._carry_one(tensor, plan, new_layout, chunk_bytes, share)
-        moved += plan.numel_between_ranks * old.element_size()
-        master = self._carry_one(old.detach(), plan, new_layout, chunk_bytes, share).requires_grad_()
-        if carried or staying:
-            self.torch_optimizer.state[master] = {**staying, **carried}
+            return [self._carry_one(tensor, plan, new_layout, chunk_bytes, share)]
+
+        [state] = cut_state(old, self.torch_optimizer.state.pop(old, {}), carry_on, parts=1)
+        [master] = carry_on(old.detach())
+        master.requires_grad_()
+        if state:
+            self.torch_optimizer.state[master] = state
         return master, moved
 
     def _carry_one(

@@ -6,18 +6,20 @@ moves a byte between ranks: sub-groups are dropped, split into runs of neighbour
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from progtuning_ds.layout import Layout, sharded_layout
 from progtuning_ds.regroup import GroupPlan, GroupTarget
 from progtuning_ds.transfer import split_buffer
-from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients, split_state
+from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients
+from progtuning_ds.zero.cut_state import cut_state
 from progtuning_ds.zero.moving_weights import follow_frozen_weights
 from progtuning_ds.zero.shards import adjacent_runs, gathered, owns_storage, view_of
 
@@ -123,10 +125,28 @@ class Stage3Adapter(Adapter):
     def master_tensors(self) -> list[torch.Tensor]:
         return list(self.wrapper.fp32_partitioned_groups_flat)
 
-    def weight_tensors(self) -> Iterable[torch.Tensor]:
-        for param in self.params.values():
-            yield param.ds_tensor
-            yield param.data  # whole for parameters below the persistence threshold, else empty
+    def held(self, param: Parameter) -> list[torch.Tensor]:
+        return [param.ds_tensor, param]  # the latter whole below the persistence threshold, else empty
+
+    @contextmanager
+    def whole(self, names: Iterable[str]) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters([self.params[name] for name in names]):
+            yield
+
+    def overwrite(self, name: str, value: torch.Tensor | None) -> None:
+        param = self.params[name]
+        with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+            if value is not None:
+                param.data.copy_(value)
+
+    def adopt(self, new: Parameter, old: Parameter) -> None:
+        old.convert_to_zero_parameters(param_list=[new])
+        persistent = self.wrapper.persistent_parameters  # gathered after every step; a list that others share
+        persistent[:] = [param for param in persistent if param is not old]
+
+    def exchange(self, new: Mapping[str, Parameter]) -> None:
+        super().exchange(new)
+        self._forget_trace()
 
     def gradient_buffers(self) -> Iterable[torch.Tensor]:
         zero = self.wrapper
@@ -174,19 +194,18 @@ class Stage3Adapter(Adapter):
             return
         if not runs:
             return
-        moving, staying = split_state(sub.master, self.torch_optimizer.state.pop(sub.master, {}))
         pieces = [[(start, numel)] for _, start, numel in runs]
         sizes = [numel for _, _, numel in runs]
         sub.master.grad = None
-        carried = {key: split_buffer(moving.pop(key), pieces, sizes) for key in sorted(moving)}
+        state = self.torch_optimizer.state.pop(sub.master, {})
+        states = cut_state(sub.master, state, lambda tensor: split_buffer(tensor, pieces, sizes), len(runs))
         weights = [sub.weights.narrow(0, start, numel) for _, start, numel in runs]
         masters = weights if sub.aliased else split_buffer(sub.master.detach(), pieces, sizes)
-        for index, (params, _, _) in enumerate(runs):
-            master = masters[index].requires_grad_()
-            if carried or staying:
-                own = {key: value.clone() if torch.is_tensor(value) else value for key, value in staying.items()}
-                self.torch_optimizer.state[master] = {**own, **{key: parts[index] for key, parts in carried.items()}}
-            yield SubGroup(params, weights[index], master, group)
+        for (params, _, _), share, cut, own in zip(runs, weights, masters, states, strict=True):
+            master = cut.requires_grad_()
+            if own:
+                self.torch_optimizer.state[master] = own
+            yield SubGroup(params, share, master, group)
 
     def _runs(self, sub: SubGroup, wanted: set[str]) -> list[tuple[list[Parameter], int, int]]:
         """``(parameters, start, numel)`` of each maximal run of neighbours in ``sub`` that survive."""

@@ -20,6 +20,8 @@ def why_not_adamw(optimizer: torch.optim.Optimizer) -> str | None:
         return None
     if type(optimizer) not in (torch.optim.AdamW, MaskedAdamW):
         return f"the fused step is AdamW's, and the optimizer is {kind}; use AdamW or progtuning_ds.MaskedAdamW"
+    if getattr(optimizer, "state_bits", 32) != 32:
+        return f"the fused step keeps moments in fp32, and {kind} has state_bits={optimizer.state_bits}"
     for option in ("amsgrad", "maximize"):
         if any(group.get(option) for group in optimizer.param_groups):
             return f"the fused step has no {option}, which the optimizer asks for"

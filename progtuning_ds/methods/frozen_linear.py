@@ -1,0 +1,223 @@
+"""A linear layer whose weight is quantized because it will never train again. May import torch; no deepspeed.
+
+The layer is changed in place and keeps its hooks: ZeRO-3 gathers weights in them. NF4 is stored and read by
+bitsandbytes' functions. Its layers are not used: `Linear8bitLt` also rounds activations and keeps the whole weight on
+every ZeRO-3 rank, `Linear4bit` keeps it from forward to backward. Here nothing but the weight is rounded, so what
+`dense_weight` returns is what the model computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from progtuning_ds.blocks import BlockMap, full_shape
+from progtuning_ds.on_freeze import NF4_BLOCK
+
+_TABLES: dict[tuple[str, int], torch.Tensor] = {}
+
+
+@dataclass
+class Origin:
+    """What a layer was before it was quantized.
+
+    Attributes:
+        kind: "int8" or "nf4".
+        layer: its class, `nn.Linear` or GPT-2's `Conv1D`.
+        shape: of its weight.
+        dtype: of its weight.
+    """
+
+    kind: str
+    layer: type[nn.Module]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is [inputs, outputs]."""
+        return self.layer is not nn.Linear
+
+
+class FrozenLinear(nn.Linear):
+    """``y = x @ W.T + b`` with a quantized W; made of another layer by `quantize`, never constructed.
+
+    Attributes:
+        weight: codes, uint8 [ceil(n / 2), 1] (nf4) or int8 [outputs, inputs]; does not require grad.
+        origin: what it was.
+        scales: what else it takes to read the codes.
+    """
+
+    origin: Origin
+    scales: Any
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return [..., outputs] in the dtype of ``input`` [..., inputs], or of autocast where that is on."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            input = input.to(torch.get_autocast_dtype(device))
+        return _FrozenLinear.apply(input, self.bias, self)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """As the layer says it, and how it is stored."""
+        return f"{super().extra_repr()}, {self.origin.kind}"
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """Reads the weight twice and keeps none of it in between; ZeRO-3 gathers it for both."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, layer: FrozenLinear) -> torch.Tensor:
+        ctx.layer = layer
+        # Not torch.nn.functional.linear, which ZeRO-3 replaces by one that keeps what it gets for backward.
+        like = None if bias is None else bias.to(input.dtype)
+        return torch.ops.aten.linear(input, _matrix(layer).to(input.dtype), like)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (gradient,), layer = gradients, ctx.layer
+        of_input = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_input = gradient @ _matrix(layer).to(gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            of_bias = gradient.sum(tuple(range(gradient.dim() - 1))).to(layer.bias.dtype)
+        return of_input, of_bias, None
+
+
+def freezable(model: nn.Module, blocks: BlockMap) -> dict[str, tuple[int, int]]:
+    """Names of the weights in blocks that can be quantized once frozen, with (outputs, inputs).
+
+    They are those of linear layers that nothing else uses and that the model does not want in fp32. What did not
+    require grad at discovery belongs to a base that trains by a method, and is left alone.
+    """
+    inside = {name for block in blocks.blocks for name in block} - blocks.frozen
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    found: dict[str, tuple[int, int]] = {}
+    for path, module in model.named_modules():
+        name = f"{path}.weight"
+        if not _is_linear(module) or name not in inside or exact & set(path.split(".")):
+            continue
+        if users[id(module.weight)] == 1:
+            rows, columns = full_shape(module.weight)  # type: ignore[arg-type]
+            found[name] = (rows, columns) if type(module) is nn.Linear else (columns, rows)
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # Exactly: a subclass may compute anything.
+    return type(module) is nn.Linear or (
+        type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    )
+
+
+@torch.no_grad()
+def quantize(layer: nn.Module, weight: torch.Tensor, kind: str) -> nn.Parameter:
+    """Make ``layer`` a `FrozenLinear` in place; the caller puts the returned codes into ``layer.weight``.
+
+    Args:
+        layer: `nn.Linear` or `Conv1D`.
+        weight: its whole weight, floating; not kept.
+        kind: "int8" or "nf4".
+    """
+    origin = Origin(kind, type(layer), weight.shape, weight.dtype)
+    matrix = (weight.t() if origin.transposed else weight).contiguous()
+    if kind == "nf4":
+        from bitsandbytes.functional import quantize_4bit
+
+        state: Any
+        codes, state = quantize_4bit(
+            _in_blocks(matrix), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
+        )
+        state.code, state.state2.code = _shared(state.code), _shared(state.state2.code)
+        scales = state
+    else:
+        wide = matrix.float()
+        scales = wide.abs().amax(dim=1, keepdim=True) / 127
+        codes = (wide / scales.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    changed: Any = layer
+    changed.__class__ = FrozenLinear
+    changed.origin, changed.scales = origin, scales
+    changed.out_features, changed.in_features = matrix.shape
+    return _codes(codes, origin)
+
+
+def restore(layer: FrozenLinear, weight: torch.Tensor) -> nn.Parameter:
+    """Make a layer what it was, in place; the caller puts the returned parameter into ``layer.weight``."""
+    origin = layer.origin
+    assert weight.shape == origin.shape, (weight.shape, origin.shape)
+    dense = nn.Parameter(weight.to(origin.dtype), requires_grad=False)
+    changed: Any = layer
+    changed.__class__ = origin.layer
+    del changed.origin, changed.scales
+    return dense
+
+
+@torch.no_grad()
+def dense_weight(layer: FrozenLinear) -> torch.Tensor:
+    """The weight that the layer computes with, in the shape and dtype it had; needs the whole codes."""
+    matrix = _matrix(layer).to(layer.origin.dtype)
+    return matrix.t().contiguous() if layer.origin.transposed else matrix
+
+
+def scales_of(layer: FrozenLinear) -> dict[str, torch.Tensor]:
+    """The tensors beside the codes, by a name that is part of the checkpoint format."""
+    if layer.origin.kind == "int8":
+        return {"scales": layer.scales}
+    inner = layer.scales.state2
+    return {"scales": layer.scales.absmax, "scales_scales": inner.absmax, "scales_mean": layer.scales.offset}
+
+
+def held_beside(layer: FrozenLinear) -> list[torch.Tensor]:
+    """Every tensor that the layer holds beside its codes, tables included."""
+    tables = [] if layer.origin.kind == "int8" else [layer.scales.code, layer.scales.state2.code]
+    return [*scales_of(layer).values(), *tables]
+
+
+def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
+    """``(name of the weight, layer)`` of every quantized layer, in model order."""
+    for path, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            yield f"{path}.weight", module
+
+
+def _matrix(layer: FrozenLinear) -> torch.Tensor:
+    """The weight [outputs, inputs]: in its own dtype (nf4), or in fp32 (int8)."""
+    codes = layer.weight.data
+    if layer.origin.kind == "int8":
+        return codes.float() * layer.scales
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(codes.view(-1, 1), layer.scales).view(layer.out_features, layer.in_features)
+
+
+def _in_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """The elements of a matrix, a block a row where that comes out even.
+
+    On the CPU, bitsandbytes 0.50 gives blocks wrong scales where they go beyond the end of a row
+    (``backends/cpu/ops.py``, ``dequantize_4bit``, of [32, 32] for instance).
+    """
+    return matrix.view(-1, NF4_BLOCK) if matrix.numel() % NF4_BLOCK == 0 else matrix.view(-1)
+
+
+def _shared(table: torch.Tensor) -> torch.Tensor:
+    """One tensor for all layers: bitsandbytes makes these constants anew, a kilobyte, for every weight."""
+    return _TABLES.setdefault((str(table.device), table.numel()), table)
+
+
+def _codes(codes: torch.Tensor, origin: Origin) -> nn.Parameter:
+    parameter = nn.Parameter(codes, requires_grad=False)
+    parameter.dense_shape = tuple(origin.shape)  # type: ignore[attr-defined] # what `full_shape` tells
+    return parameter
+
+
+def owner(model: nn.Module, name: str) -> nn.Module:
+    """The module that holds the parameter of this name."""
+    return model.get_submodule(name.rpartition(".")[0])
