@@ -82,7 +82,7 @@ def trial(method: str, blocks: int, limit: int) -> None:
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=param_groups(model, plan, found), config=config)
     staged = StageEngine(engine, plan, found)
-    away = HostMoments(staged.adapter.torch_optimizer, stages) if "host" in method else None
+    away = HostMoments(staged.adapter, stages) if "host" in method else None
     if away is not None:
         away.keep_away([0])
     ids = torch.randint(0, 1000, (ROWS, SEQ_LEN))

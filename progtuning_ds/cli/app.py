@@ -12,6 +12,7 @@ import typer
 
 from progtuning_ds import __version__
 from progtuning_ds.errors import ConfigError
+from progtuning_ds.train.outcome import OutOfMemoryEndError
 
 app = typer.Typer(
     name="progtuning",
@@ -58,11 +59,12 @@ _PROBE_EXAMPLES = """\
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; bad input gives one line on stderr and 2.
+    """Run the command line and return its exit code; bad input gives one line on stderr and 2, lack of memory 6.
 
     Args:
         arguments: words after the program name; those of the process when `None`.
     """
+    code = 2
     try:
         result = app(args=arguments if arguments is None else list(arguments), standalone_mode=False)
     except ConfigError as error:
@@ -71,10 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = error.format_message()  # type: ignore[attr-defined]
     except typer.Abort:
         message = "stopped"
+    except OutOfMemoryEndError as error:
+        message, code = str(error), error.code
     else:
         return result if isinstance(result, int) else 0
     print("progtuning: error:", " ".join(message.split()), file=sys.stderr)  # noqa: T201
-    return 2
+    return code
 
 
 def _print_version(asked: bool) -> None:

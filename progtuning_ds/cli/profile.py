@@ -65,7 +65,10 @@ def profile_content(found: Any) -> dict[str, Any]:
         "zero_stage": job.zero_stage,
         "world_size": job.settings.world_size,
         "precision": job.settings.precision,
-        "stages": [dataclasses.asdict(record) | {"deviation": record.deviation} for record in found.records],
+        "stages": [
+            dataclasses.asdict(record) | {"deviation": record.deviation, "seconds": seconds}
+            for record, seconds in zip(found.records, found.seconds, strict=True)
+        ],
     }
 
 
@@ -103,7 +106,7 @@ def print_profile(found: Any) -> None:
             "measured",
             *_cells(record.measured, record.measured_peak),
             f"{record.deviation:+.1%}",
-            format_bytes(record.process),
+            format_bytes(record.host),
         )
     console.print(table)
     console.print(

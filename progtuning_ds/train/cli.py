@@ -14,7 +14,7 @@ from typing import NoReturn
 from progtuning_ds.config import RunConfig, load_run_config, reference
 from progtuning_ds.config.files import shipped_names
 from progtuning_ds.errors import CheckpointError, ConfigError, did_you_mean
-from progtuning_ds.train.outcome import CHECKPOINT, DONE, EXPECTED, USER_ERROR, RunEndError
+from progtuning_ds.train.outcome import CHECKPOINT, DONE, EXPECTED, USER_ERROR, OutOfMemoryEndError, RunEndError
 from progtuning_ds.train.quiet import quiet_libraries
 from progtuning_ds.train.run_dir import NEVER, check_run_dir
 from progtuning_ds.train.seeds import parse_seeds
@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EXPECTED as error:
         _report(error)
         return _code(error)
+    except OutOfMemoryEndError as error:
+        _report(error, alone=True)
+        return error.code
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -158,12 +161,15 @@ def _flag(text: str) -> bool:
     return value == "true"
 
 
-def _report(error: Exception) -> None:
-    """Let rank 0 speak for all; another rank waits for it, and speaks only if the launcher lets it live."""
+def _report(error: Exception, *, alone: bool = False) -> None:
+    """Let rank 0 speak for all; another rank waits for it, and speaks only if the launcher lets it live.
+
+    With `alone` the error is this rank's own, and nobody else tells it.
+    """
     rank = int(os.environ.get("RANK", "0"))
     if rank and isinstance(error, RunEndError):
         return
-    if rank:
+    if rank and not alone:
         time.sleep(5)
     for line in str(error).splitlines():
         prefix = f"rank {rank}: " if rank else ""

@@ -17,6 +17,8 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from progtuning_ds.transfer import release_pages
+from progtuning_ds.zero import Adapter
+from progtuning_ds.zero.linking import follow_states
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,12 +27,13 @@ class HostMoments:
     """Keeps the moments of some parts away from the device.
 
     Args:
-        optimizer: the torch optimizer inside a ZeRO engine; its groups have the names of ``param_groups``.
+        adapter: of the ZeRO engine; the groups of its torch optimizer have the names of ``param_groups``.
         stages: number of stages; the group ``always`` leaves after the last one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, stages: int) -> None:
-        self.optimizer = optimizer
+    def __init__(self, adapter: Adapter, stages: int) -> None:
+        self.adapter = adapter
+        self.optimizer = optimizer = adapter.torch_optimizer
         self.waiting: frozenset[int] = frozenset()
         """Stages after which the groups that wait leave."""
         self._last = stages - 1
@@ -39,7 +42,7 @@ class HostMoments:
         optimizer.register_step_post_hook(self._store)
 
     def keep_away(self, parts: Collection[int]) -> int:
-        """From now on exactly these parts wait; moments of others that waited come home.
+        """From now on, and at once, exactly these parts wait; moments of others that waited come home.
 
         Returns:
             Bytes that came to the device.
@@ -52,6 +55,7 @@ class HostMoments:
                 self._bring(master, state)
                 moved += sum(home[name].nbytes for name in MOMENTS)
                 del self._homes[master]
+        self._store(self.optimizer)  # those that a checkpoint has just brought
         return moved
 
     def waiting_bytes(self) -> int:
@@ -75,6 +79,7 @@ class HostMoments:
                 state = optimizer.state.get(master, {})
                 if all(name in state for name in MOMENTS):
                     self._take(master, state, part)
+        follow_states(self.adapter.wrapper)
 
     def _bring(self, master: torch.Tensor, state: dict[str, Any]) -> None:
         for name in MOMENTS:

@@ -112,7 +112,7 @@ class TrainingLoop:
         # A run that ended early, and died before it was told, has no step left.
         steps = range(position.done, position.done if position.ended else self.job.plan.total_steps)
         feed = step_batches(self.job, self.ranks, position.done, self.memory.micro_batches)
-        for step, batches in zip(steps, feed, strict=not position.ended):
+        for step in steps:
             stage = self.job.plan.stage_at(step)
             if step == stage.steps.start:
                 self.memory.before(stage)
@@ -120,9 +120,9 @@ class TrainingLoop:
             if step == stage.steps.start:
                 position.stage = _totals(transition)
                 self.observer.stage_started(stage, transition)
-            if step in (stage.steps.start, steps.start):
-                self.memory.entered(stage)
-            self._train_step(step, stage, batches)
+            if step in (stage.steps.start, steps.start) and self.memory.entered(stage):
+                feed = step_batches(self.job, self.ranks, step, self.memory.micro_batches)
+            self._train_step(step, stage, next(feed))
             position.done, position.settled = step + 1, False
             signal = self.signals.wanted()
             if signal is not None:
@@ -159,11 +159,13 @@ class TrainingLoop:
         skipped = engine.skipped_steps
         rate = float(engine.get_lr()[0])
         losses = []
-        self._loss.begin(batches)
-        for loss in self.memory.passes(stage, batches, self._forward):
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.detach())
+        with self.memory.watching(stage):
+            self._loss.begin(batches)
+            for batch in batches:
+                loss = self._forward(batch)
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.detach())
         seconds = time.perf_counter() - began
         self.position.stage.seconds += seconds
         norm = engine.get_global_grad_norm()

@@ -60,15 +60,29 @@ class MemoryPlan:
             f"memory.budget is {format_bytes(budget.device)} per rank but stage {stage + 1}/{len(self.footprints)} is "
             f"predicted to need {format_bytes(needed)} ({footprint.peak_moment}: "
             f"{largest.replace('_', ' ')} {format_bytes(footprint.device[largest])}, "
-            f"reserve {format_bytes(budget.reserve)}{found}); {self._advice(stage, largest)}"
+            f"reserve {format_bytes(budget.reserve)}{found}); {self.advice(stage)}"
         )
 
-    def _advice(self, stage: int, largest: str) -> str:
-        batch = self.batches[stage]
+    def with_first_rows(self) -> MemoryPlan:
+        """Return the plan with no stage's rows per pass above the first one's."""
+        first = self.batches[0].micro_batch
+        batches = tuple(
+            replace(batch, micro_batch=first, accumulation=batch.micro_batch * batch.accumulation // first)
+            if batch.micro_batch > first
+            else batch
+            for batch in self.batches
+        )
+        footprints = tuple(self.load.footprint(self.setups[stage], batch, stage) for stage, batch in enumerate(batches))
+        return replace(self, batches=batches, footprints=footprints)
+
+    def advice(self, stage: int) -> str:
+        """Say what would lower the peak of a stage."""
+        batch, device = self.batches[stage], self.footprints[stage].device
+        largest = max(device, key=lambda name: device[name])
         if largest in ("activations", "logits"):
             if batch.micro_batch > 1:
                 smaller = [size for size in divisors(batch.micro_batch) if size < batch.micro_batch]
-                fits = [size for size in reversed(smaller) if self._fits_with(stage, size)]
+                fits = [size for size in reversed(smaller) if self.budget and self._fits_with(stage, size)]
                 if fits:
                     return f"set train.micro_batch_size to {fits[0]} or give more"
             if not batch.checkpointing:

@@ -39,5 +39,11 @@ class MemoryBudgetError(RunEndError):
     code = MEMORY
 
 
+class OutOfMemoryEndError(Exception):
+    """Memory has run out on this rank, while others may be waiting for it; the message is one line for the user."""
+
+    code = MEMORY
+
+
 EXPECTED = (ConfigError, CheckpointError, UnsupportedDeepSpeedError, RunEndError)
 """What all ranks raise together, and what the user is told in one line."""

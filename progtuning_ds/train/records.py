@@ -121,10 +121,24 @@ class SessionRecord:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRecord:
-    """What a stage held on rank 0 against what was predicted, written when it is over; bytes.
+    """What a stage held on a rank against what was predicted, in a run (at the stage's end) or a profile; bytes.
 
-    `step` is the stage's last. `predicted` and `predicted_host` are by category at the predicted peak, `measured` are
-    the states that `StageEngine.memory` counts; `measured_peak` is the allocator's, on the CPU the process's.
+    Attributes:
+        stage: its index.
+        step: its last.
+        micro_batch: rows per pass.
+        accumulation: passes per step.
+        predicted: by category at the predicted peak.
+        predicted_host: what stays in host memory.
+        predicted_peak: on the device.
+        measured: states by category (``StageEngine.memory``).
+        measured_peak: the allocator's on an accelerator; on the CPU the process's in a run, of tensors in a profile.
+        fragmentation: taken by the allocator at its peak, and used by no tensor.
+        host: the resident set of the process; on the CPU its peak.
+        budget: of the device; None for no limit.
+        reserve: of the budget, for what is no tensor.
+        fell_back: the run went back to the first stage's rows per pass.
+        seq_len: tokens of the longest row.
     """
 
     stage: int
@@ -141,6 +155,12 @@ class MemoryRecord:
     budget: int | None
     reserve: int
     fell_back: bool
+    seq_len: int = 0
+
+    @property
+    def deviation(self) -> float:
+        """Predicted peak over measured peak, less one."""
+        return self.predicted_peak / self.measured_peak - 1
 
 
 FILES = {

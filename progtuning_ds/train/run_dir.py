@@ -54,6 +54,7 @@ _ARTIFACTS = (
     "steps.jsonl",
     "stages.jsonl",
     "memory.jsonl",
+    "shortage.json",
     "report.html",
     "report",
     "evaluations.jsonl",

@@ -117,7 +117,7 @@ class Session:
             built, position = self._build(found, rollbacks)
             frozen = self._frozen_weights(built, position, found)
             self._tell(observer, position, found, reason, message)
-            memory = MemoryControl(self.memory, built, self.ranks, self._say)
+            memory = MemoryControl(self.job, self.memory, built, self.ranks, self._say, self.folder)
             watcher = self._with_monitors(observer, built)
             loop = TrainingLoop(self.job, built, self.ranks, watcher, self.keeper, self.signals, position, memory)
             try:

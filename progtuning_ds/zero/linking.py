@@ -46,6 +46,13 @@ def keep_linked(wrapper: Any, groups: Callable[[], Iterable[tuple[list[torch.nn.
     link_all()
 
 
+def follow_states(wrapper: Any) -> None:
+    """Let links follow optimizer state that now lies elsewhere; only where `keep_linked` made some."""
+    link_states = vars(wrapper).get("_lazy_init_hp_params_optimizer_state")
+    if link_states is not None:
+        link_states()
+
+
 def _link_group(params: list[torch.nn.Parameter], master: torch.Tensor, state: dict[str, Any]) -> None:
     for param in params:
         mapping = param._hp_mapping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -201,7 +202,8 @@ def paged() -> list[int]:
     weights = [torch.nn.Parameter(torch.ones(300_000)) for _ in range(2)]
     groups = [{"params": [p], "name": f"part{i}.decay"} for i, p in enumerate(weights)]
     optimizer = torch.optim.AdamW(groups, lr=0.1)
-    away = HostMoments(optimizer, 3)
+    adapter: Any = SimpleNamespace(torch_optimizer=optimizer, wrapper=SimpleNamespace())
+    away = HostMoments(adapter, 3)
     away.keep_away([0])
     for p in weights:
         p.grad = torch.full_like(p, 2.0)
