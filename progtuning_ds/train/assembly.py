@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from progtuning_ds.engine import StageEngine
 from progtuning_ds.grouping import param_groups
 from progtuning_ds.optim import register_optimizer
+from progtuning_ds.train.acceleration import compile_engine
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.models import load_model, method_of
 from progtuning_ds.train.ranks import Ranks
@@ -69,6 +70,8 @@ def build(job: Job, ranks: Ranks) -> Built:
     stages = StageEngine(
         engine, job.plan, job.blocks, kernel=config.optimizer.kernel, on_freeze=config.schedule.on_freeze
     )
+    if job.config.train.compile:
+        compile_engine(engine, job.config.train.compile_backend)
     forget_history(stages.adapter.torch_optimizer)
     return Built(engine, stages, hf_deepspeed)
 

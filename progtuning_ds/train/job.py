@@ -106,6 +106,7 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
     source = load_deepspeed(config.deepspeed)
     settings = settle(config, source, hardware)
     shape = models.load_shape(config.model)
+    check_acceleration(config, shape, hardware.device, int(source.number("zero_optimization.stage") or 0))
     tokenizer = models.load_tokenizer(config.model, shape)
     task = build_task(config, tokenizer, models.max_positions(config.model, shape))
     shape.update(task.model_settings)

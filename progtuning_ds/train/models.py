@@ -20,6 +20,7 @@ from transformers import (
 from progtuning_ds.config import MethodConfig, ModelConfig
 from progtuning_ds.errors import ConfigError, did_you_mean
 from progtuning_ds.methods import Method, apply_method, keep_trainable, quantized_loading, unquantized_modules
+from progtuning_ds.train.acceleration import use_liger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,6 +119,8 @@ def load_model(
         **attention,
         **_quantization(auto_class, model, shape, precision, method),
     )
+    if model.liger:
+        use_liger(loaded)
     keep_trainable(loaded)
     if method is not None:
         loaded = apply_method(loaded, method, blocks_path=model.blocks)
