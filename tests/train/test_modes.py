@@ -14,7 +14,7 @@ from progtuning_ds.errors import ConfigError
 from progtuning_ds.train.cli import main
 from progtuning_ds.train.dry_run import ranges
 from progtuning_ds.train.outcome import GuardStopError
-from progtuning_ds.train.records import EvaluationRecord, read_records
+from progtuning_ds.train.records import EvaluationRecord, SessionRecord, read_records
 from progtuning_ds.train.seeds import parse_seeds, run_seeds, seed_configs, spreads
 from tests.ranks import RankPools
 from tests.train import tiny
@@ -40,7 +40,7 @@ def train_seeds(settings: dict[str, Any], seeds: list[int], resume: str = "never
     run_with_seeds(run_config(settings), seeds, resume=resume)
 
 
-def dry(settings: dict[str, Any]) -> str:
+def dry(settings: dict[str, Any], resume: str = "never") -> str:
     import contextlib
     import io
 
@@ -48,7 +48,7 @@ def dry(settings: dict[str, Any]) -> str:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        run_dry(run_config(settings))
+        run_dry(run_config(settings), resume=resume)
     return out.getvalue()
 
 
@@ -81,6 +81,44 @@ def test_seeds_differ_and_their_spread_is_told(ranks: RankPools, tmp_path: Path,
     assert spread["deviation"] == pytest.approx(np.std(losses, ddof=1))
     assert [spread["lowest"], spread["highest"]] == sorted(losses)
     ranks(2).run(train_seeds, settings=settings, seeds=[3, 5], resume="auto")  # complete: nothing to do
+
+
+def stop_in_the_second_seed(settings: dict[str, Any], seeds: list[int]) -> str:
+    """SIGUSR1 comes in the second step of the second seed."""
+    import os
+    import signal
+
+    from progtuning_ds.train import loop
+    from progtuning_ds.train.outcome import PreemptedError
+
+    train_step = loop.TrainingLoop._train_step
+
+    def signalled(self: Any, step: int, *rest: Any) -> None:
+        if (self.job.config.train.seed, step) == (seeds[1], 1):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        train_step(self, step, *rest)
+
+    loop.TrainingLoop._train_step = signalled  # type: ignore[method-assign]
+    try:
+        train_seeds(settings, seeds)
+    except PreemptedError as error:
+        return str(error)
+    finally:
+        loop.TrainingLoop._train_step = train_step  # type: ignore[method-assign]
+    return ""
+
+
+@pytest.mark.slow
+def test_seeds_go_on_where_they_were(ranks: RankPools, tmp_path: Path, given: dict[str, Any]) -> None:
+    whole, stopped = ({**given, "output_dir": str(tmp_path / name)} for name in ("whole", "stopped"))
+    ranks(2).run(train_seeds, settings=whole, seeds=[3, 5, 7])
+    said = ranks(2).run(stop_in_the_second_seed, settings=stopped, seeds=[3, 5, 7])
+    assert said[0].startswith("stopped by SIGUSR1 after step 2 of ")
+    assert not (tmp_path / "stopped" / "seed-7").exists()
+    ranks(2).run(train_seeds, settings=stopped, seeds=[3, 5, 7], resume="auto")
+    sessions = {seed: len(read_records(tmp_path / "stopped" / f"seed-{seed}", SessionRecord)) for seed in (3, 5, 7)}
+    assert sessions == {3: 1, 5: 2, 7: 1}
+    assert (tmp_path / "stopped" / "seeds.json").read_text() == (tmp_path / "whole" / "seeds.json").read_text()
 
 
 def test_a_seed_that_diverges_does_not_end_the_others(given: dict[str, Any]) -> None:
