@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from progtuning_ds.blocks import set_trainable
+from progtuning_ds.blocks import discover_blocks, set_trainable
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.methods.bottleneck import BottleneckConfig, add_bottlenecks, load_bottlenecks
 from progtuning_ds.methods.heads import head_modules
@@ -55,7 +55,7 @@ def apply_method(model: PreTrainedModel, method: Method, *, blocks_path: str | N
     if method.uses_peft:
         from progtuning_ds.methods.peft_based import add_peft
 
-        return add_peft(model, method)
+        return add_peft(model, method, blocks_path=blocks_path)
     if method.kind == "adapter":
         config = BottleneckConfig(method.placement, method.reduction, targets=method.targets)
         model.bottleneck_config = add_bottlenecks(  # type: ignore[assignment]
@@ -65,10 +65,13 @@ def apply_method(model: PreTrainedModel, method: Method, *, blocks_path: str | N
     from progtuning_ds.methods.selective import biases, norms
 
     names = biases(model) if method.kind == "bitfit" else norms(model)
+    in_blocks = {name for block in discover_blocks(model, path=blocks_path).blocks for name in block}
     heads = head_modules(model) if method.train_head else []
     of_heads = [name for name, _ in model.named_parameters() if name.split(".", 1)[0] in heads]
-    if not names:
+    if in_blocks.isdisjoint(names):
         what = "biases" if method.kind == "bitfit" else "normalization layers"
-        raise ConfigError(f"method.kind {method.kind} finds nothing to train: {model.config.model_type} has no {what}")
+        raise ConfigError(
+            f"method.kind {method.kind} finds nothing to train: blocks of {model.config.model_type} have no {what}"
+        )
     set_trainable(model, [*names, *of_heads])
     return model

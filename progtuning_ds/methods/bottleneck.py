@@ -16,37 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from progtuning_ds.blocks import discover_blocks
 from progtuning_ds.errors import ConfigError, did_you_mean
 from progtuning_ds.methods.heads import head_modules
+from progtuning_ds.methods.layers import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS, ends_of, linear_layers
 from progtuning_ds.methods.settings import PLACEMENTS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KIND = "BOTTLENECK"
-
-# Ends of the paths, within a block, of the layers whose output is added to the residual stream.
-ATTENTION_OUTPUTS = (
-    "attention.output.dense",  # BERT, RoBERTa, ELECTRA, DeBERTa, ViT
-    "attention.out_lin",  # DistilBERT
-    "attention.dense",  # GPT-NeoX
-    "attn.c_proj",  # GPT-2
-    "attn.Wo",  # ModernBERT
-    "self_attn.o_proj",  # Llama, Mistral, Qwen, Gemma, Phi-3
-    "self_attn.out_proj",  # OPT, BART
-    "self_attn.dense",  # Phi
-    "SelfAttention.o",  # T5
-)
-FEED_FORWARD_OUTPUTS = (
-    "output.dense",
-    "ffn.lin2",
-    "mlp.dense_4h_to_h",
-    "mlp.c_proj",
-    "mlp.Wo",
-    "mlp.down_proj",
-    "mlp.fc2",
-    "fc2",
-    "DenseReluDense.wo",
-)
 
 
 @dataclass(frozen=True)
@@ -197,16 +173,12 @@ def _all_present(model: nn.Module, paths: tuple[str, ...]) -> bool:
 
 
 def _find_layers(model: PreTrainedModel, config: BottleneckConfig, blocks_path: str | None) -> list[str]:
-    blocks = discover_blocks(model, path=blocks_path)
-    linear = [name for name, module in model.named_modules() if _is_linear(module)]
     found: list[str] = []
-    for index, block in enumerate(blocks.blocks):
-        inside = {name.rpartition(".")[0] for name in block}
-        layers = [name for name in linear if name in inside]
+    for index, layers in enumerate(linear_layers(model, blocks_path)):
         chosen = _in_block(layers, config)
         if not chosen:
-            ends = sorted({".".join(name.split(".")[-2:]) for name in layers})
-            wanted = ", ".join(config.targets) or f"an output projection ({config.placement})"
+            ends = ends_of(layers)
+            wanted = ", ".join(config.targets) or f"known output projection for placement {config.placement}"
             near = did_you_mean(config.targets[0], ends) if config.targets else "; name the layers in method.targets"
             raise ConfigError(f"method.targets: block {index} has no {wanted} among {', '.join(ends)}{near}")
         found += chosen
@@ -225,11 +197,6 @@ def _in_block(layers: list[str], config: BottleneckConfig) -> list[str]:
 
 def _ends(name: str, ends: tuple[str, ...]) -> bool:
     return any(name.endswith(f".{end}") or name == end for end in ends)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    # Conv1D is GPT-2's linear layer; bitsandbytes' layers are nn.Linear.
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _width(layer: nn.Module) -> int:

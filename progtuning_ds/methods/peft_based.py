@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+)
 from transformers import PreTrainedModel
 
 from progtuning_ds.errors import ConfigError, did_you_mean
 from progtuning_ds.methods.heads import head_modules
+from progtuning_ds.methods.layers import ends_of, linear_layers, queries_and_values
 from progtuning_ds.methods.settings import Method
 
+# By whether the method is IA3.
+_USUAL_TARGETS = (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
 _TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
@@ -21,32 +32,52 @@ _TASK_TYPES = {
 }
 
 
-def add_peft(model: PreTrainedModel, method: Method) -> PeftModel:
+def add_peft(model: PreTrainedModel, method: Method, *, blocks_path: str | None = None) -> PeftModel:
     """Wrap ``model`` so that only what PEFT adds, and the task's head, requires grad.
 
+    Args:
+        model: a bare model.
+        method: one of PEFT's.
+        blocks_path: as in `discover_blocks`; where PEFT does not know the architecture, targets are looked for there.
+
     Raises:
-        ConfigError: if PEFT knows no usual targets for the architecture, or none of ``method.targets`` is there.
+        ConfigError: if no usual targets are known for the architecture, or none of ``method.targets`` is there.
     """
-    config = peft_config(model, method)
+    if not (method.targets or _USUAL_TARGETS[method.kind == "ia3"].get(model.config.model_type)):
+        method = replace(method, targets=_own_targets(model, method, blocks_path))
     try:
-        return get_peft_model(model, config)
+        return get_peft_model(model, peft_config(model, method))
     except ValueError as error:
         message = " ".join(str(error).split())
-        if method.targets:
-            names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-            near = did_you_mean(method.targets[0], names)
-            raise ConfigError(f"method.targets {list(method.targets)} fit no module{near}: {message}") from error
+        if not method.targets:
+            family = f"{model.config.model_type} with method.kind {method.kind}"
+            raise ConfigError(f"method.targets must be given for {family}: {message}") from error
+        names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+        near = did_you_mean(method.targets[0], names)
+        raise ConfigError(f"method.targets {list(method.targets)} fit no module{near}: {message}") from error
+
+
+def _own_targets(model: PreTrainedModel, method: Method, blocks_path: str | None) -> tuple[str, ...]:
+    """Queries and values, as PEFT has them for most architectures that it knows."""
+    blocks = linear_layers(model, blocks_path)
+    names = [] if method.kind == "ia3" else queries_and_values(blocks)
+    if not names:
+        known = ", ".join(ends_of(layer for layers in blocks for layer in layers))
         raise ConfigError(
-            f"method.targets must be given for {model.config.model_type} with method.kind {method.kind}: {message}"
-        ) from error
+            f"method.targets must be given for {model.config.model_type} with method.kind {method.kind}: "
+            f"no usual ones are known; its blocks have {known}"
+        )
+    return tuple(names)
 
 
 def peft_config(model: PreTrainedModel, method: Method) -> PeftConfig:
     """The configuration PEFT saves beside the adapters."""
-    task = next((task for end, task in _TASK_TYPES.items() if type(model).__name__.endswith(end)), None)
+    heads = head_modules(model)
+    # With a task that has a head, PEFT trains the head whatever it is told.
+    known = [task for end, task in _TASK_TYPES.items() if type(model).__name__.endswith(end)]
     shared: dict[str, Any] = {
-        "task_type": task,
-        "modules_to_save": head_modules(model) or None if method.train_head else None,
+        "task_type": known[0] if known and (method.train_head or not heads) else None,
+        "modules_to_save": heads or None if method.train_head else None,
     }
     targets = _targets(method)
     if method.kind == "ia3":

@@ -28,6 +28,10 @@ def bert(num_labels: int = 3) -> Any:
     return tf.BertForSequenceClassification(tf.BertConfig(**TINY, num_labels=num_labels)).eval()
 
 
+def distilbert() -> Any:
+    return FAMILIES["distilbert"]()
+
+
 def llama() -> Any:
     torch.manual_seed(0)
     return tf.LlamaForCausalLM(tf.LlamaConfig(**TINY)).eval()
@@ -106,6 +110,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TINY)),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TINY)),
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**TINY, num_key_value_heads=2)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**TINY, pad_token_id=0)),
+    "bloom": lambda: tf.BloomForCausalLM(tf.BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=50)),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2, vocab_size=50)
     ),
@@ -124,6 +130,23 @@ def test_adapters_fit_every_block_of_every_family_and_begin_as_nothing(family: s
     blocks = discover_blocks(model)
     for block in blocks.blocks:
         assert any(name not in blocks.frozen for name in block)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(("family", "names"), [("distilbert", {"q_lin", "v_lin"}), ("phi3", {"qkv_proj"})])
+def test_queries_and_values_are_found_where_peft_does_not_know_the_family(
+    family: str, names: set[str], kind: str
+) -> None:
+    model = apply_method(FAMILIES[family](), Method(kind=kind, rank=2, train_head=False))
+    adapted = {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rsplit(".", 1)[-1] for name in adapted} == names
+    assert len(adapted) == len(discover_blocks(model)) * len(names)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3", "adapter", "bitfit"])
+def test_a_head_that_is_not_to_train_does_not(kind: str) -> None:
+    model = apply_method(bert(), Method(kind=kind, train_head=False))
+    assert not any("classifier.weight" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_saved_bottlenecks_give_the_same_logits_on_a_fresh_base(tmp_path: Path) -> None:
@@ -214,7 +237,8 @@ def test_wrong_settings_get_one_line(settings: dict[str, Any], said: str) -> Non
     [
         (bert, Method(kind="lora", targets=("qury",)), "method.targets .*did you mean 'query'"),
         (bert, Method(kind="adapter", targets=("output.dens",)), "method.targets: block 0 .*did you mean"),
-        (llama, Method(kind="bitfit"), "method.kind bitfit finds nothing to train: llama has no biases"),
+        (llama, Method(kind="bitfit"), "method.kind bitfit finds nothing to train: blocks of llama have no biases"),
+        (distilbert, Method(kind="ia3"), "method.targets must be given for distilbert .* attention.q_lin"),
     ],
 )
 def test_a_method_that_does_not_fit_the_model_is_refused_in_one_line(
