@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from progtuning_ds.blocks import BlockMap, full_shape
+from progtuning_ds.errors import UnsupportedStateError
 from progtuning_ds.on_freeze import NF4_BLOCK
 
 _TABLES: dict[tuple[str, int], torch.Tensor] = {}
@@ -61,6 +62,12 @@ class FrozenLinear(nn.Linear):
         if torch.is_autocast_enabled(device):
             input = input.to(torch.get_autocast_dtype(device))
         return _FrozenLinear.apply(input, self.bias, self)  # type: ignore[no-any-return]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedStateError(
+            f"a weight quantized to {self.origin.kind} when its block froze has no place in a state dict; call "
+            f"stages.compression.expand() before, which makes it dense again"
+        )
 
     def extra_repr(self) -> str:
         """As the layer says it, and how it is stored."""
@@ -132,12 +139,11 @@ def quantize(layer: nn.Module, weight: torch.Tensor, kind: str) -> nn.Parameter:
     if kind == "nf4":
         from bitsandbytes.functional import quantize_4bit
 
-        state: Any
-        codes, state = quantize_4bit(
+        codes, found = quantize_4bit(
             _in_blocks(matrix), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4"
         )
-        state.code, state.state2.code = _shared(state.code), _shared(state.state2.code)
-        scales = state
+        scales: Any = found
+        scales.code, scales.state2.code = _shared(scales.code), _shared(scales.state2.code)
     else:
         wide = matrix.float()
         scales = wide.abs().amax(dim=1, keepdim=True) / 127

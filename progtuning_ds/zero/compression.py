@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from progtuning_ds.blocks import BlockMap
-from progtuning_ds.errors import did_you_mean
+from progtuning_ds.errors import UnsupportedStateError, did_you_mean
 from progtuning_ds.methods.frozen_linear import (
     FrozenLinear,
     dense_weight,
@@ -31,6 +31,9 @@ KeepExact = Callable[[int, Mapping[str, torch.Tensor]], None]
 """Gets a block and its weights by name, whole, just before they are quantized; called on every rank."""
 ReadExact = Callable[[int], Mapping[str, torch.Tensor]]
 """Gives back what it got; called on the first rank alone."""
+
+_WITHOUT_SCALES = ("save_checkpoint", "load_checkpoint", "save_16bit_model")
+"""What of the engine reads or writes parameters alone; codes without their scales are no weights."""
 
 
 class Compression:
@@ -96,6 +99,8 @@ class Compression:
                 codes = {name: quantize(owner(module, name), weights.pop(name), self.kind) for name in names}
             self.adapter.exchange(codes)
             self._quantized.add(block)
+            for name in _WITHOUT_SCALES:
+                setattr(self.adapter.engine, name, _refusing(name, self.kind))
 
     def expand(self) -> None:
         """Make every quantized weight dense again, with what its layer computed with; to export. Collective."""
@@ -105,6 +110,8 @@ class Compression:
             with self.adapter.whole(names):
                 weights = {name: dense_weight(layer) for name, layer in layers.items()}
             self.adapter.exchange({name: restore(layers[name], weights.pop(name)) for name in names})
+        for name in _WITHOUT_SCALES:
+            vars(self.adapter.engine).pop(name, None)
 
     def put_back(self, read: ReadExact) -> None:
         """After ``expand``: give the weights the values they had when they froze. Collective."""
@@ -128,6 +135,16 @@ class Compression:
             if any(not target.isdisjoint(group) and not target.issuperset(group) for group in self.adapter.groups()):
                 return "under ZeRO-3 it needs groups made for the plan; build them with progtuning_ds.param_groups"
         return None
+
+
+def _refusing(name: str, kind: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise UnsupportedStateError(
+            f"engine.{name} knows nothing of blocks quantized to {kind} (on_freeze): use progtuning_ds.checkpoint, or "
+            f"call stages.compression.expand() before"
+        )
+
+    return refuse
 
 
 def _offloads_parameters(engine: Any) -> bool:

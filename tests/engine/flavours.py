@@ -147,4 +147,14 @@ HALF_PRECISION = _by_name(
     ),
 )
 
-ALL = FLAVOURS | VARIANTS | HALF_PRECISION
+# DeepSpeed's options that keep masters, gradients and moments in bf16 beside the bf16 weights.
+BF16_STATES = {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
+LOW = replace(ONCE, masters=BF16)
+LOW_EVERY = replace(LOW, reduce_every_micro_batch=True)
+LOW_PRECISION_STATES = _by_name(
+    Flavour("zero1-bf16-states", {"stage": 1}, ZERO_1_2, LOW, BF16_STATES),
+    Flavour("zero2-bf16-states", {"stage": 2}, ZERO_1_2, LOW_EVERY, BF16_STATES),
+    Flavour("zero3-bf16-states", THREE | PLAIN_LINEAR, ZERO_3, replace(LOW_EVERY, wraps_modules=True), BF16_STATES),
+)
+
+ALL = FLAVOURS | VARIANTS | HALF_PRECISION | LOW_PRECISION_STATES

@@ -10,6 +10,7 @@ import gc
 import re
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ VOCAB = 64
 SEQUENCE = 8
 MICRO_BATCH = 2
 ACCUMULATION = 2
-CLIP = {"bert": 0.2, "llama": 1.3, "wide": 1.0}  # some steps are clipped and some are not
+CLIP = {"bert": 0.2, "llama": 1.3, "wide": 1.0, "narrow": 0.2, "gpt2": 1.3}  # some steps are clipped and some are not
 
 
 def clip(kind: str) -> float:
@@ -35,27 +36,36 @@ EPS = 1e-6
 BASE_LR = 1e-3
 WARMUP = 5
 
-_BLOCK = re.compile(r"\.layers?\.(\d+)\.")
+_BLOCK = re.compile(r"\.(?:layers?|h)\.(\d+)\.")
+_EMBEDDING = re.compile(r"embed|\.w[tp]e\.")
+# What the methods of a name train and where; the others are methods of the package, of rank 4 and reduction 4.
+METHODS: dict[str, dict[str, Any]] = {
+    "qlora": {"kind": "lora", "rank": 4},
+    "rank1": {"kind": "lora", "rank": 1},
+    "low": {"kind": "lora", "rank": 4, "targets": [f"layer.{block}.attention.self.query" for block in (0, 1)]},
+    "tied": {"kind": "lora", "rank": 4, "targets": ["wte", "lm_head", "c_attn"]},
+}
 
 
 def build_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A BERT classifier or a Llama language model of six blocks, always with the same weights, no dropout.
 
-    ``"wide"`` is the BERT at 19 million parameters, whose buffers are large enough to be seen from outside.
+    ``"wide"`` is the BERT at 19 million parameters, whose buffers are large enough to be seen from outside;
+    ``"narrow"`` has layers 3 wide, smaller than most groups of ranks; ``"gpt2"`` has tied output embeddings.
     """
     kind, _, method = kind.partition("+")
     transformers = import_transformers()
     sizes = {
         "vocab_size": VOCAB,
-        "hidden_size": 512 if kind == "wide" else 32,
+        "hidden_size": {"wide": 512, "narrow": 3}.get(kind, 32),
         "num_hidden_layers": NUM_BLOCKS,
-        "num_attention_heads": 2,
-        "intermediate_size": 2048 if kind == "wide" else 64,
+        "num_attention_heads": 1 if kind == "narrow" else 2,
+        "intermediate_size": {"wide": 2048, "narrow": 5}.get(kind, 64),
         "max_position_embeddings": SEQUENCE,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1234)
-        if kind in ("bert", "wide"):
+        if kind in ("bert", "wide", "narrow"):
             config = transformers.BertConfig(
                 **sizes, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
             )
@@ -64,12 +74,15 @@ def build_model(kind: str, dtype: torch.dtype = torch.float32) -> torch.nn.Modul
             model = transformers.LlamaForCausalLM(
                 transformers.LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=False)
             )
+        elif kind == "gpt2":
+            dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropouts))
         else:
-            raise ValueError(f"kind must be 'bert', 'wide' or 'llama', got {kind!r}")
+            raise ValueError(f"kind must be one of {', '.join(CLIP)}, got {kind!r}")
         if method == "qlora":
             quantize_linears(model)
         # Drawn in fp32 for all dtypes and rounded then, as DeepSpeed does it: bit16 draws other numbers.
-        return with_method(model, "lora" if method == "qlora" else method).to(dtype)
+        return with_method(model, method).to(dtype)
 
 
 def quantize_linears(model: torch.nn.Module) -> None:
@@ -90,7 +103,7 @@ def with_method(model: torch.nn.Module, method: str) -> torch.nn.Module:
         return model
     from progtuning_ds.methods import Method, apply_method
 
-    model = apply_method(model, Method(kind=method, rank=4, reduction=4))
+    model = apply_method(model, Method(**METHODS.get(method, {"kind": method, "rank": 4, "reduction": 4})))
     with torch.no_grad():
         for parameter in model.parameters():
             # Low-rank and bottleneck updates begin at zero, and half of their gradients with them.
@@ -104,7 +117,7 @@ def import_transformers() -> ModuleType:
     """The library with both models loaded, and out of the garbage collector's sight: it is half the heap."""
     import transformers
 
-    for name in ("BertForSequenceClassification", "LlamaForCausalLM"):
+    for name in ("BertForSequenceClassification", "LlamaForCausalLM", "GPT2LMHeadModel"):
         getattr(transformers, name)
     gc.collect()
     gc.freeze()
@@ -117,7 +130,7 @@ def batch(kind: str, step: int, micro: int, rank: int) -> dict[str, torch.Tensor
     ids = torch.randint(1, VOCAB, (MICRO_BATCH, SEQUENCE), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, SEQUENCE - 1 - step % 3 :] = 0
-    if not kind.startswith("llama"):
+    if not kind.startswith(("llama", "gpt2")):
         labels = torch.randint(0, 3, (MICRO_BATCH,), generator=generator)
     else:
         labels = ids.masked_fill(mask == 0, -100)
@@ -147,7 +160,7 @@ class Phase:
         block = _BLOCK.search(name)
         if block:
             return int(block.group(1)) in self.blocks
-        return self.embeddings or "embed" not in name
+        return self.embeddings or not _EMBEDDING.search(name)
 
 
 def shrinking(steps: int = 2, stages: int = 3, embeddings: str = "always") -> tuple[Phase, ...]:

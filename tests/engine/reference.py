@@ -149,12 +149,34 @@ def adamw(state: Moments, gradient: torch.Tensor, lr: float, decay: float) -> No
     """One step of AdamW (Loshchilov and Hutter 2019, algorithm 2) on the master, in place."""
     beta1, beta2 = problem.BETAS
     state.step += 1
+    if state.master.dtype != torch.float32:  # where it is rounded on the way is torch's choice
+        torch_adamw(state, gradient, lr, decay)
+        return
     state.master.mul_(1 - lr * decay)
     state.exp_avg.mul_(beta1).add_(gradient * (1 - beta1))
     state.exp_avg_sq.mul_(beta2).add_(gradient * gradient * (1 - beta2))
     mean = state.exp_avg / (1 - beta1**state.step)
     root = (state.exp_avg_sq / (1 - beta2**state.step)).sqrt()
     state.master.sub_(lr * mean / (root + problem.EPS))
+
+
+def torch_adamw(state: Moments, gradient: torch.Tensor, lr: float, decay: float) -> None:
+    """The same by torch's own function, for this one parameter."""
+    from torch.optim.adamw import adamw as by_torch
+
+    by_torch(
+        *([tensor] for tensor in (state.master, gradient.contiguous(), state.exp_avg, state.exp_avg_sq)),
+        max_exp_avg_sqs=[],
+        state_steps=[torch.tensor(float(state.step - 1))],
+        foreach=False,
+        amsgrad=False,
+        beta1=problem.BETAS[0],
+        beta2=problem.BETAS[1],
+        lr=lr,
+        weight_decay=decay,
+        eps=problem.EPS,
+        maximize=False,
+    )
 
 
 class Identity(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -65,11 +66,11 @@ def reference(kind: str, phases: tuple[Phase, ...], numerics: Numerics, on_freez
     return losses, {n: p.detach().clone() for n, p in parameters.items()}
 
 
-def train(flavour: str, kind: str, mode: str, on_freeze: str) -> dict[str, Any]:
+def train(flavour: str, kind: str, mode: str, on_freeze: str, kernel: str = "deepspeed") -> dict[str, Any]:
     from progtuning_ds.methods.frozen_linear import frozen_layers
 
     phases, groups = MODES[mode]
-    engine, stages = build_staged(ALL[flavour], phases, groups, kind, {"on_freeze": on_freeze})
+    engine, stages = build_staged(ALL[flavour], phases, groups, kind, {"on_freeze": on_freeze, "kernel": kernel})
     exact: dict[str, torch.Tensor] = {}
     stages.compression.keep = lambda block, given: exact.update({n: t.clone() for n, t in given.items()})
     seen: dict[str, Any] = {"losses": [], "transitions": [], "freed": [], "quantized": []}
@@ -142,6 +143,16 @@ def test_later_stages_train_on_what_quantization_left(
         assert run["eval"][0] == pytest.approx(run["eval"][1], abs=2e-3 if flavour.mixed else 1e-6)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2-bf16", "zero3-fp32"])
+def test_the_fused_step_goes_on_with_what_is_left(ranks: RankPools, name: str) -> None:
+    settings = {"flavour": name, "kind": "bert", "mode": "planned", "on_freeze": "nf4"}
+    ours, theirs = (ranks(WORLD).run(train, **settings, kernel=kernel) for kernel in ("reference", "deepspeed"))
+    for run, other in zip(ours, theirs, strict=True):
+        assert [*chain(*run["losses"])] == pytest.approx([*chain(*other["losses"])], abs=2**-6)
+        assert run["freed"] == pytest.approx(other["freed"], abs=4096)
+
+
 @pytest.mark.parametrize("name", ["zero2-fp32", pytest.param("zero3-bf16", marks=pytest.mark.slow)])
 def test_the_memory_of_the_weights_is_released_by_the_formula(ranks: RankPools, name: str) -> None:
     from progtuning_ds.on_freeze import weight_bytes
@@ -168,7 +179,7 @@ def test_the_memory_of_the_weights_is_released_by_the_formula(ranks: RankPools, 
 
 
 def refusals(flavour: str) -> list[str]:
-    from progtuning_ds.errors import StageTransitionError
+    from progtuning_ds.errors import StageTransitionError, UnsupportedStateError
 
     said = []
     phases, groups = MODES["rotating"]
@@ -187,6 +198,11 @@ def refusals(flavour: str) -> list[str]:
         stages.advance(step)
         optimizer_step(engine, "bert", step)
     names, before = stages.trainable_names, weights(engine)
+    for use in (lambda: engine.save_checkpoint("nowhere"), engine.module.state_dict):
+        try:
+            use()
+        except UnsupportedStateError as error:
+            said.append(str(error))
     try:
         stages.retarget([*names, "bert.encoder.layer.0.output.dense.weight"])
     except StageTransitionError as error:
@@ -210,6 +226,10 @@ def test_what_cannot_be_quantized_is_refused_by_name(ranks: RankPools) -> None:
             )
             assert said[1] == "on_freeze must be one of keep, int8, nf4, got 'nf5'; did you mean 'nf4'?"
             assert said[2] == "on_freeze must be keep here, got 'nf4': no block of the plan freezes"
+            assert said[-3].startswith(
+                "engine.save_checkpoint knows nothing of blocks quantized to nf4 (on_freeze): use "
+            )
+            assert said[-2].startswith("a weight quantized to nf4 when its block froze has no place in a state dict")
             assert said[-1] == (
                 "names must hold no weight that was quantized when its block froze (on_freeze), got "
                 "'bert.encoder.layer.0.output.dense.weight'; it cannot train again, nothing was changed"

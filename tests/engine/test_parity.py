@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.agreement import assert_agree, oracle, tolerance_for
 from tests.engine.conftest import StagedRuns
-from tests.engine.flavours import ALL, CORE, FLAVOURS, HALF_PRECISION, VARIANTS
+from tests.engine.flavours import ALL, CORE, FLAVOURS, HALF_PRECISION, LOW_PRECISION_STATES, VARIANTS
 from tests.engine.ranks_train import MODES, StagedRun
 from tests.ranks import RankPools, has_gpu_each
 
@@ -44,6 +44,22 @@ def test_stages_train_as_the_oracle(staged_runs: StagedRuns, name: str, mode: st
 )
 def test_options_of_zero_train_as_the_oracle(staged_runs: StagedRuns, name: str, mode: str) -> None:
     check(staged_runs(name, mode), name, mode)
+
+
+@pytest.mark.parametrize("mode", ["planned", "rotating", "growing"])
+@pytest.mark.parametrize("name", LOW_PRECISION_STATES)
+def test_masters_and_moments_in_bf16_train_as_the_oracle_and_stay_in_bf16(
+    staged_runs: StagedRuns, name: str, mode: str
+) -> None:
+    runs = staged_runs(name, mode)
+    check(runs, name, mode)
+    for run in runs:
+        for boundary in run.boundaries:
+            memory = boundary.transition.memory_bytes
+            assert memory["exp_avg"] == memory["exp_avg_sq"]
+            if memory["master_weights"] and not boundary.transition.unfrozen:
+                assert memory["master_weights"] == memory["exp_avg"], "two bytes an element, both"
+        assert {t.dtype for t in (*run.masters.values(), *run.exp_avg.values())} <= {torch.bfloat16, torch.float32}
 
 
 @pytest.mark.parametrize("mode", ["ordinary", "growing"])

@@ -112,6 +112,22 @@ def test_a_run_stopped_after_a_freeze_goes_on_to_the_bit(
     ]
 
 
+@pytest.mark.slow
+def test_a_run_that_goes_back_before_a_freeze_freezes_again(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
+    """Also with checkpoints written in the background, whose memory the freeze must leave alone."""
+    quick = {"logging": {"steps": 1, "progress": "off"}}
+    whole, back = (given(sources, tmp_path / name, **quick) for name in ("whole", "back"))
+    back |= {"guard": {"action": "rollback", "max_rollbacks": 1, "rollback_factor": 0.999999}}
+    back["checkpoint"] |= {"asynchronous": True}
+    assert ranks(2).run(run, given=whole) == [None, None]
+    assert ranks(2).run(run, given=back, nan_at=(BOUNDARY + 1,)) == [None, None]
+    records = [read_records(tmp_path / name, RunRecord)[-1] for name in ("back", "whole")]
+    ours, theirs = (record.frozen_metrics["exact"]["validation"]["loss"] for record in records)
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    files = [sorted((tmp_path / name / "frozen").iterdir()) for name in ("back", "whole")]
+    assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
+
+
 def test_exact_weights_that_are_damaged_or_gone_are_named(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
     made = given(sources, tmp_path / "run")
     ranks(2).run(run, given=made, signal_at=BOUNDARY)
