@@ -18,6 +18,11 @@ WEIGHTS, MASTER = "weights", "master"
 TENSORS = ".safetensors"
 
 
+def codes_of(kind: str) -> str:
+    """The kind of state that is not itself laid out like its master, but whose codes may be: 8-bit blocks."""
+    return f"codes of {kind}"
+
+
 def settled_file(file: str, stage: int | str) -> str:
     """Name of the file, beside a rank's tensor file, of its weights that are settled from a stage on."""
     return f"{file.removesuffix(TENSORS)}.settled-{stage}{TENSORS}"
@@ -99,7 +104,8 @@ def read_fragments(rank_files: Iterable[tuple[str, Mapping[str, Any]]]) -> Fragm
             for tensor, param, start, numel in rows:
                 fragments.add(WEIGHTS, param, Fragment(start, numel, name, tensor, 0))
         for buffer in described["buffers"]:
-            for kind, tensor in buffer["kinds"].items():
+            codes = {codes_of(key): tensor for key, tensor in buffer.get("opaque", {}).items()}
+            for kind, tensor in {**buffer["kinds"], **codes}.items():
                 for param, start, numel, offset in buffer["spans"]:
                     fragments.add(kind, param, Fragment(start, numel, file, tensor, offset))
     return fragments

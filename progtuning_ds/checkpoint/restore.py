@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from progtuning_ds.blocks import full_shape
 from progtuning_ds.checkpoint import agreement
+from progtuning_ds.checkpoint.blockwise import read_blockwise
 from progtuning_ds.checkpoint.fragments import MASTER, WEIGHTS, Fragments, read_fragments
 from progtuning_ds.checkpoint.plain_values import decode
 from progtuning_ds.checkpoint.rng import restore_rng, seed_new_rank
@@ -214,26 +215,37 @@ class _Filler:
         if not found:
             raise CheckpointError(f"checkpoint {self.saved.folder} has no optimizer state of {sorted(names)[:1]}")
         for _, other in found[1:]:
-            if any(other[key] != found[0][1][key] for key in ("scalars", "has_state")):
+            first = found[0][1]
+            differ = "of different steps" if any(other[key] != first[key] for key in ("scalars", "has_state")) else None
+            if other["opaque"].keys() != first["opaque"].keys():
+                differ = "kept in different ways"
+            if differ is not None:
                 raise CheckpointError(
                     f"checkpoint {self.saved.folder} cannot be loaded into this ZeRO stage: the optimizer state of "
-                    f"{sorted(names)[0]!r} and its neighbours is of different steps"
+                    f"{min(names)!r} and its neighbours is {differ}; load it with the number of ranks and the ZeRO "
+                    f"stage it was saved with"
                 )
         same = [one for one in found if [tuple(span) for span in one[1]["spans"]] == _plain_spans(buffer)]
         return (same or found)[0]
 
     def _fill_opaque(self, buffer: HeldBuffer, file: str, source: Mapping[str, Any]) -> None:
-        if [tuple(span) for span in source["spans"]] != _plain_spans(buffer):
-            raise CheckpointError(
-                f"checkpoint {self.saved.folder} holds optimizer state that cannot be cut "
-                f"({', '.join(source['opaque'])}); load it with the ranks and the ZeRO stage it was saved with"
-            )
+        """State that is not laid out like its master: as it is into the same buffer, in new blocks into another."""
         self._check_optimizer()
+        if [tuple(span) for span in source["spans"]] == _plain_spans(buffer):
+            tensors = {key: self.reader.read(file, name) for key, name in source["opaque"].items()}
+        else:
+            try:
+                tensors = read_blockwise(buffer, source, file, self.fragments, self.reader)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"checkpoint {self.saved.folder} holds optimizer state that cannot be cut: {error}; load it with "
+                    f"the number of ranks and the ZeRO stage it was saved with"
+                ) from error
         if not buffer.aliased:
-            buffer.master.copy_(self.reader.read(file, source["kinds"][MASTER]).view(buffer.master.shape))
+            for span in buffer.spans:
+                self._fill_span(buffer.master.detach().view(-1), MASTER, span)
         state = self.optimizer.state[buffer.master]
-        for key, name in source["opaque"].items():
-            state[key] = self.reader.read(file, name).to(buffer.master.device)
+        state.update({key: tensor.to(buffer.master.device) for key, tensor in tensors.items()})
         state.update({key: self._scalar(key, value) for key, value in source["scalars"].items()})
 
     def _check_optimizer(self) -> None:
