@@ -19,6 +19,14 @@ from progtuning_ds.memory import (
 )
 from progtuning_ds.model_shape import TESTED
 
+RUN = "run.yaml"
+TASKS = {
+    "sequence-classification": "classification",
+    "causal-lm": "causal_lm",
+    "token-classification": "token_classification",
+    "question-answering": "squad",
+}
+"""What the training program learns with a head; for another there is no run to write."""
 KERNEL_CHOICES = ("any", *KERNELS)
 _DEFAULT_LENGTH, _DEFAULT_ROWS = 512, 32
 _CONTEXT = 2**30
@@ -102,11 +110,18 @@ def _global_batch(wanted: FitRequest) -> int:
 
 
 def _notes(report: PlanReport) -> tuple[str, ...]:
+    notes = []
     if report.workload.shape is None:
-        return ("The configuration does not tell the shape of a block: activations are not counted.",)
-    if report.model_type not in TESTED:
-        return (f"Activations of {report.model_type} models are counted by the nearest pattern; check with profile.",)
-    return ()
+        notes.append("The configuration does not tell the shape of a block: activations are not counted.")
+    elif report.model_type not in TESTED:
+        notes.append(
+            f"Activations of {report.model_type} models are counted by the nearest pattern; check with profile."
+        )
+    if report.head not in TASKS:
+        notes.append(
+            f"The training program has no task for {report.head}: --output writes no {RUN}, but a DeepSpeed JSON."
+        )
+    return tuple(notes)
 
 
-__all__ = ["ATTENTIONS", "KERNEL_CHOICES", "Fit", "FitRequest", "default_reserve", "make_fit"]
+__all__ = ["ATTENTIONS", "KERNEL_CHOICES", "RUN", "TASKS", "Fit", "FitRequest", "default_reserve", "make_fit"]

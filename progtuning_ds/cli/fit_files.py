@@ -7,22 +7,26 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from progtuning_ds.cli.fit import Fit
+import yaml
+
+from progtuning_ds.cli.fit import RUN, TASKS, Fit
 from progtuning_ds.cli.fit_show import fit_content
 from progtuning_ds.cli.plan import PlanRequest
-from progtuning_ds.config import Hardware, RunConfig, load_deepspeed, project, run_config, save_run_config, settle
+from progtuning_ds.config import Hardware, RunConfig, load_deepspeed, project, run_config, settle
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.memory import Proposal, deepspeed_zero
 from progtuning_ds.train.memory_plot import draw_stages
 
-RUN, DEEPSPEED, PLAN, PLOT = "run.yaml", "deepspeed.json", "plan.json", "memory.png"
-TASKS = {
-    "sequence-classification": "classification",
-    "causal-lm": "causal_lm",
-    "token-classification": "token_classification",
-    "question-answering": "squad",
+DEEPSPEED, PLAN, PLOT = "deepspeed.json", "plan.json", "memory.png"
+_DATA = {
+    "classification": {"train_file": "train.csv", "validation_fraction": 0.1},
+    "causal_lm": {"train_file": "train.jsonl", "validation_fraction": 0.05},
+    "token_classification": {"train_file": "train.jsonl", "validation_fraction": 0.1},
 }
-"""What the training program learns with a head; for another there is no run to write."""
+_HEADER = """\
+# What `progtuning plan` found to fit. Put your own files and columns into `data` and `task`, then:
+#   deepspeed --module progtuning_ds.train --config run.yaml
+"""
 
 
 def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
@@ -33,13 +37,14 @@ def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
     """
     written = [folder / PLAN]
     proposal = fit.outcome.proposal
-    config = run_config_of(fit, asked, proposal) if proposal else None
+    config = run_config(run_settings(fit, asked, proposal)) if proposal else None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PLAN).write_text(json.dumps(fit_content(fit), indent=2) + "\n")
     if config is None or proposal is None:
         return written
     if fit.report.head in TASKS:
-        save_run_config(config, folder / RUN)
+        text = yaml.safe_dump(_said(run_settings(fit, asked, proposal)), sort_keys=False)
+        (folder / RUN).write_text(f"{_HEADER}{text}", encoding="utf-8")
         written.append(folder / RUN)
     (folder / DEEPSPEED).write_text(json.dumps(complete_deepspeed(fit, config), indent=2) + "\n")
     draw_stages(
@@ -56,45 +61,44 @@ def write_fit(fit: Fit, asked: PlanRequest, folder: Path) -> list[Path]:
     return [*written, folder / DEEPSPEED, folder / PLOT]
 
 
-def run_config_of(fit: Fit, asked: PlanRequest, proposal: Proposal) -> RunConfig:
-    """The run configuration of a proposal; data and columns of the task are left to the user."""
+def run_settings(fit: Fit, asked: PlanRequest, proposal: Proposal) -> dict[str, Any]:
+    """The sections of a run configuration that a proposal decides, and names of files for the user's own."""
     micro = [stage.micro_batch for stage in proposal.stages]
-    request = fit.request
-    return run_config(
-        {
-            "model": {
-                "path": asked.model,
-                "num_labels": asked.num_labels,
-                "attn_implementation": {"flash": "flash_attention_2"}.get(request.attention, request.attention),
-                "gradient_checkpointing": proposal.choice.checkpointing,
-                "blocks": asked.blocks,
-            },
-            "task": _task(fit.report.head, request.seq_len),
-            "schedule": {
-                "num_stages": len(proposal.stages),
-                "embeddings": asked.embeddings,
-                "stage_lengths": _lengths(asked),
-                "length_unit": asked.length_unit,
-                "always_train": list(asked.always_train),
-            },
-            "train": {
-                "epochs": _whole_epochs(asked.epochs),
-                "global_batch_size": request.global_batch,
-                "micro_batch_size": micro[0],
-                "precision": request.precision,
-            },
-            "optimizer": {"kernel": "auto" if proposal.choice.kernel == "fused" else "deepspeed"},
-            "deepspeed": _deepspeed(proposal),
-            "memory": {
-                "budget": request.budget.device,
-                "reserve": request.budget.reserve,
-                "micro_batch_sizes": micro if len(set(micro)) > 1 else None,
-                "host_state": proposal.host_state,
-                "reinvest": "unoffload" if proposal.unoffload else "none",
-            },
-            "output_dir": "runs/planned",
-        }
-    )
+    request, task = fit.request, _task(fit.report.head, fit.request.seq_len)
+    return {
+        "model": {
+            "path": str(Path(asked.model).parent) if Path(asked.model).is_file() else asked.model,
+            "num_labels": asked.num_labels,
+            "attn_implementation": {"flash": "flash_attention_2"}.get(request.attention, request.attention),
+            "gradient_checkpointing": proposal.choice.checkpointing,
+            "blocks": asked.blocks,
+        },
+        "data": _DATA.get(task["kind"]),
+        "task": task,
+        "schedule": {
+            "num_stages": len(proposal.stages),
+            "embeddings": asked.embeddings,
+            "stage_lengths": _lengths(asked),
+            "length_unit": asked.length_unit,
+            "always_train": list(asked.always_train),
+        },
+        "train": {
+            "epochs": _whole_epochs(asked.epochs),
+            "global_batch_size": request.global_batch,
+            "micro_batch_size": micro[0],
+            "precision": request.precision,
+        },
+        "optimizer": {"kernel": "auto" if proposal.choice.kernel == "fused" else "deepspeed"},
+        "deepspeed": _deepspeed(proposal),
+        "memory": {
+            "budget": request.budget.device,
+            "reserve": request.budget.reserve,
+            "micro_batch_sizes": micro if len(set(micro)) > 1 else None,
+            "host_state": proposal.host_state,
+            "reinvest": "unoffload" if proposal.unoffload else "none",
+        },
+        "output_dir": "runs/planned",
+    }
 
 
 def complete_deepspeed(fit: Fit, config: RunConfig) -> dict[str, Any]:
@@ -120,6 +124,12 @@ def _deepspeed(proposal: Proposal) -> dict[str, Any]:
         "zero_optimization": deepspeed_zero(proposal.setup),
         "steps_per_print": 2000,
     }
+
+
+def _said(settings: dict[str, Any]) -> dict[str, Any]:
+    """Without what is left to its default."""
+    kept = {key: _said(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    return {key: value for key, value in kept.items() if value not in (None, [], {})}
 
 
 def _task(head: str, seq_len: int) -> dict[str, Any]:

@@ -21,6 +21,8 @@ _GROUPS = {
     "Other": ("gathered", "step"),
 }
 _SHOWN_FAILURES = 8
+_LARGE = 8 * 2**30
+"""From so many bytes of a GPU on a tenth of a GiB is fine enough."""
 
 
 def fit_content(fit: Fit) -> dict[str, Any]:
@@ -71,12 +73,12 @@ def _print_proposal(console: Console, fit: Fit, proposal: Proposal) -> None:
     table = _table("GiB per rank at the peak; rows are rows per pass x passes per step")
     for column in ("Stage", "Rows", *_GROUPS, "Peak", "Free", "Host"):
         table.add_column(column, justify="left" if column == "Stage" else "right", no_wrap=True)
-    count = len(proposal.stages)
+    count, digits = len(proposal.stages), 1 if fit.request.budget.device >= _LARGE else 2
     for index, stage in enumerate(proposal.stages):
         footprint = stage.footprint
         held = [_sum(footprint, names) for names in _GROUPS.values()]
         held += [footprint.peak, fit.request.budget.usable - footprint.peak, footprint.host_total]
-        cells = (f"{size / 2**30:.1f}" if size else "-" for size in held)
+        cells = (f"{size / 2**30:.{digits}f}" if size else "-" for size in held)
         table.add_row(f"{index + 1}/{count}", f"{stage.micro_batch} x {stage.accumulation}", *cells)
     console.print(table)
     console.print(

@@ -30,7 +30,7 @@ class Choice:
         """Say it in words."""
         words = [f"ZeRO-{self.zero_stage}"]
         words += ["optimizer offload"] * self.offload_optimizer + ["parameter offload"] * self.offload_param
-        words += ["moments in host memory"] * self.host_state
+        words += ["moments on the host"] * self.host_state
         words += ["activation checkpointing"] * self.checkpointing
         words += [f"{self.kernel} kernel"] * (self.kernel != "deepspeed")
         return ", ".join(words)

@@ -97,6 +97,42 @@ def test_the_table_explains_what_was_chosen(llama: str, capsys: pytest.CaptureFi
         assert f"{stage['micro_batch']} x {stage['accumulation']}" in text
 
 
+MODELS = {
+    "causal_lm": tf.GPT2Config(n_layer=3, n_embd=32, n_head=2, architectures=["GPT2LMHeadModel"]),
+    "classification": tf.DistilBertConfig(n_layers=3, dim=32, n_heads=2, architectures=["DistilBertForMaskedLM"]),
+    "squad": tf.BertConfig(
+        num_hidden_layers=3, hidden_size=32, num_attention_heads=2, architectures=["BertForQuestionAnswering"]
+    ),
+    "token_classification": tf.BertConfig(
+        num_hidden_layers=3, hidden_size=32, num_attention_heads=2, architectures=["BertForTokenClassification"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_run_file_has_the_task_of_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    MODELS[kind].save_pretrained(tmp_path)
+    name = str(tmp_path / "config.json")
+    code, report = fit(capsys, "--model", name, "--gpus", "2", "--memory", "8GB", "--output", str(tmp_path / "out"))
+    assert code == 0
+    assert not report["notes"] or "counted by the nearest pattern" in report["notes"][0]
+    config = load_run_config(tmp_path / "out" / "run.yaml")
+    assert config.task.kind == kind
+    assert config.task.max_length == 512
+    assert config.model.path == str(tmp_path)
+
+
+def test_a_model_that_the_program_has_no_task_for_gets_no_run_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tf.T5Config(num_layers=2, d_model=32, d_ff=64, num_heads=2, architectures=["T5ForConditionalGeneration"])
+    config.save_pretrained(tmp_path)
+    out = tmp_path / "out"
+    _, report = fit(capsys, "--model", str(tmp_path), "--gpus", "1", "--memory", "8GB", "--output", str(out))
+    assert "The training program has no task for seq2seq-lm: --output writes no run.yaml" in report["notes"][-1]
+    assert sorted(path.name for path in out.iterdir()) == ["deepspeed.json", "memory.png", "plan.json"]
+
+
 def test_nothing_fits_says_what_was_tried_and_what_would(
     llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
