@@ -117,7 +117,8 @@ class ProgtuningCallback(TrainerCallback):
         plan, blocks = self.begin(trainer)
         self.transitions = []
         if trainer.is_deepspeed_enabled:
-            from progtuning_ds.engine import StageEngine  # not at the top: this imports DeepSpeed
+            from progtuning_ds.engine import StageEngine  # not at the top: these import DeepSpeed
+            from progtuning_ds.zero.checkpoints import keep_in_exports
 
             wrapper = trainer.accelerator.deepspeed_engine_wrapped
             if wrapper is None:
@@ -127,6 +128,7 @@ class ProgtuningCallback(TrainerCallback):
             engine = wrapper.engine
             self.stages = StageEngine(engine, plan, blocks, lr_scheduler=trainer.lr_scheduler, kernel=self.kernel)
             engine.save_checkpoint = _with_frozen(engine.save_checkpoint)
+            keep_in_exports(engine, [name for name in blocks.order if name not in blocks.frozen])
         else:
             self.stages = self._plain(trainer, plan, blocks)
         self.go_to(max(trainer.state.global_step - 1, 0))

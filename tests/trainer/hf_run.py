@@ -71,7 +71,7 @@ def hf_train(
     output: str,
     *,
     world_size: int,
-    deepspeed: dict[str, Any] | None = None,
+    deepspeed: dict[str, Any] | str | None = None,
     micro: int = 2,
     stages: int = 3,
     callback: dict[str, Any] | None = None,
@@ -79,9 +79,11 @@ def hf_train(
     drop_rows: int = 0,
     late: bool = False,
     runs: int = 1,
+    lora: bool = False,
+    keep: bool = False,
     **arguments: Any,
 ) -> Told:
-    """Train with a `Trainer` on this rank, one line apart from any other script."""
+    """Train with a `Trainer` on this rank, one line apart from any other script; `keep` saves the model in `final`."""
     import torch
     from torch.utils.data import SequentialSampler
     from transformers import (
@@ -100,7 +102,8 @@ def hf_train(
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
-    fresh_accelerate()
+    if deepspeed != "from accelerate":
+        fresh_accelerate()
     settings: dict[str, Any] = {
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": GLOBAL_BATCH // micro // world_size,
@@ -119,10 +122,15 @@ def hf_train(
         "seed": SEED,
         **arguments,
     }
-    args = TrainingArguments(output_dir=output, deepspeed=deepspeed, **settings)
+    given = None if deepspeed == "from accelerate" else deepspeed
+    args = TrainingArguments(output_dir=output, deepspeed=given, **settings)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     set_seed(SEED)
     model = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=2)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"]))
     rows = train_rows(world_size, micro)
     ours = ProgtuningCallback(**{"num_stages": stages, **(callback or {})})
     trainer = InOrder(
@@ -140,6 +148,8 @@ def hf_train(
         trainer.train(resume_from_checkpoint=resume)
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     metrics = trainer.evaluate()
+    if keep:
+        trainer.save_model(f"{output}/final")
     assert ours.stages is not None
     held = sum(size for kind, size in ours.stages.memory().items() if kind not in ("weights", "gradients"))
     told = Told(

@@ -1,4 +1,7 @@
-"""A Trainer script as a launcher starts it: arguments are model folder, output folder, ZeRO stage or `none`."""
+"""A Trainer script as a launcher starts it: arguments are model folder, output folder, and the engine.
+
+The engine is a ZeRO stage, `none`, or `accelerate` where accelerate's configuration names a DeepSpeed JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -18,8 +22,11 @@ def main() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # inference alone needs it; it compiles for long
-    config = None
-    if zero != "none":
+    config: Any = None
+    if zero == "accelerate":
+        config = "from accelerate"
+        deepspeed.init_distributed(verbose=False)
+    elif zero != "none":
         deepspeed.init_distributed(verbose=False)  # accelerate does it, but not on CPUs
         config = {
             "train_batch_size": "auto",

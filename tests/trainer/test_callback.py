@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from progtuning_ds import ProgtuningCallback
 from progtuning_ds.errors import ConfigError
@@ -223,6 +224,74 @@ def test_a_second_run_of_the_same_trainer_starts_with_all_blocks(
     assert once[0].stages == twice[0].stages == [1, 2]
     assert once[0].trainable == twice[0].trainable
     assert twice[0].held == once[0].held
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", [None, zero(2), zero(3)], ids=["alone", "zero2", "zero3"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_recomputed_activations_change_nothing(
+    ranks: RankPools, sources: Path, tmp_path: Path, own: tuple, deepspeed: dict | None, reentrant: bool
+) -> None:
+    """Embeddings train, so that blocks which freeze have inputs that require grad; the blocks above get theirs."""
+    world_size = 2 if deepspeed else 1
+    told = ranks(world_size).run(
+        hf_train,
+        model_dir=str(sources / "model"),
+        output=str(tmp_path),
+        world_size=world_size,
+        deepspeed=deepspeed,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+    )
+    check_same(told[0], own)
+    assert told[0].stages == [1, 2]
+
+
+@pytest.mark.slow
+def test_embeddings_may_freeze_where_recomputing_is_not_reentrant(
+    ranks: RankPools, sources: Path, tmp_path: Path
+) -> None:
+    common = {
+        "model_dir": str(sources / "model"),
+        "output": str(tmp_path),
+        "world_size": 2,
+        "deepspeed": zero(2),
+        "callback": {"embeddings": "first_stage"},
+    }
+    plain = ranks(2).run(hf_train, **common)
+    again = ranks(2).run(
+        hf_train, **common, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    assert again[0].losses == pytest.approx(plain[0].losses, abs=1e-6)
+    with pytest.raises(AssertionError, match="gradient checkpointing must be non-reentrant when embeddings freeze"):
+        ranks(2).run(
+            hf_train, **common, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_adapters_that_froze_are_saved_too(ranks: RankPools, sources: Path, tmp_path: Path, stage: int) -> None:
+    told = ranks(2).run(
+        hf_train,
+        model_dir=str(sources / "model"),
+        output=str(tmp_path),
+        world_size=2,
+        deepspeed=zero(stage),
+        lora=True,
+        keep=True,
+    )
+    assert told[0].stages == [1, 2]
+    saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    lora = {name: values for name, values in told[0].weights.items() if "lora_" in name}
+    assert len(lora) == 3 * 2 * 2, "three blocks, two layers, two matrices"
+    for name, values in lora.items():
+        assert saved[name.replace(".default", "")].flatten().tolist() == values
+    assert not any("query.base_layer" in name for name in saved)
+    moved = [
+        block for block in range(3) if any(f"layer.{block}." in n and "lora_B" in n and any(v) for n, v in lora.items())
+    ]
+    assert moved == [0, 1, 2], "all adapters trained before they froze"
 
 
 def test_what_does_not_fit_is_one_line(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
