@@ -9,7 +9,7 @@ full fine-tuning, Progtuning, Progtuning with the moments of the lowest part els
 counts if it really runs; sizes are tried by bisection.
 
 ``reinvest`` measures rows per second of every stage with the first stage's rows per pass and with as many as divide the
-step, in turns on the same engine in the same process; medians.
+step, in turns on the same engine in the same process; medians, also to benchmarks/results/memory-DEVICE-reinvest.json.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 METHODS = ("full", "progtuning", "progtuning + host moments", "lora")
 SEQ_LEN, ROWS, STAGES = 128, 2, 3
 MIB = 2**20
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def shape(blocks: int) -> Any:
@@ -151,8 +152,8 @@ def largest(limit: int, most: int) -> list[dict[str, Any]]:
 # ---- reinvestment ---------------------------------------------------------------------------------------------------
 
 
-def reinvest(blocks: int, rows: int, repeats: int) -> list[dict[str, Any]]:
-    """Rows per second of every stage with one row per pass and with all, in turns on one engine."""
+def reinvest(blocks: int, rows: int, repeats: int) -> dict[str, Any]:
+    """Rows per second of every stage with one row per pass and with all, in turns on one engine; {} but on rank 0."""
     import deepspeed
     import torch
     from transformers import LlamaForCausalLM
@@ -198,10 +199,33 @@ def reinvest(blocks: int, rows: int, repeats: int) -> list[dict[str, Any]]:
                 if repeat:  # the first warms up
                     times.append(took)
         small, large = (ranks.world_size * rows / statistics.median(times) for times in seconds.values())
-        table.append({"stage": stage.index, "rows_per_pass": [1, rows], "rows_per_second": [small, large]})
+        spread = [max(times) / min(times) - 1 for times in seconds.values()]
+        table.append(
+            {
+                "stage": stage.index,
+                "rows_per_pass": [1, rows],
+                "rows_per_second": [small, large],
+                "seconds": list(seconds.values()),
+            }
+        )
         if ranks.is_first:
-            print(f"stage {stage.index + 1}: {small:.2f} -> {large:.2f} rows/s ({large / small - 1:+.0%})", flush=True)
-    return table if ranks.is_first else []
+            print(
+                f"stage {stage.index + 1}: {small:.2f} rows/s at 1 row per pass, {large:.2f} at {rows} "
+                f"({large / small - 1:+.0%}; slowest over fastest step {spread[0]:+.0%}, {spread[1]:+.0%})",
+                flush=True,
+            )
+    if not ranks.is_first:
+        return {}
+    return {
+        "model": {"blocks": blocks, "parameters": sum(p.numel() for p in model.parameters())},
+        "device": str(ranks.device) if ranks.device.type == "cpu" else torch.cuda.get_device_name(),
+        "world_size": ranks.world_size,
+        "rows_per_rank_and_step": rows,
+        "tokens_per_row": SEQ_LEN,
+        "repeats": repeats,
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        "stages": table,
+    }
 
 
 def main() -> None:
@@ -218,8 +242,8 @@ def main() -> None:
     hidden = commands.add_parser("trial")
     for name in ("method", "blocks", "limit"):
         hidden.add_argument(name)
-    for command in (one, other):
-        command.add_argument("--json", type=Path, help="file to write")
+    one.add_argument("--json", type=Path, help="file to write")
+    other.add_argument("--json", type=Path, help="file to write; benchmarks/results/memory-DEVICE-reinvest.json")
     options = parser.parse_args()
     if options.command == "trial":
         trial(options.method, int(options.blocks), int(options.limit))
@@ -233,7 +257,10 @@ def main() -> None:
             print(f"| {row['method']} | {row['blocks']} | {row['parameters'] / 1e6:.1f} M |")
     else:
         table = reinvest(options.blocks, options.rows, options.repeats)
+        if table and options.json is None:
+            options.json = RESULTS / f"memory-{table['device'].replace(' ', '_')}-reinvest.json"
     if options.json and table:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(table, indent=2) + "\n")
 
 
