@@ -162,8 +162,8 @@ HALF_STEP = {"first": 0.0071, "second": 0.0036}
     ("name", "optimizer"),
     [
         ("zero2-fp32", "masked"),
-        ("zero2-fp32", "bitsandbytes"),
         ("zero3-fp32", "bitsandbytes"),
+        pytest.param("zero2-fp32", "bitsandbytes", marks=pytest.mark.slow),
         pytest.param("zero1-fp32", "paged", marks=pytest.mark.slow),
         pytest.param("zero2-bf16", "paged", marks=pytest.mark.slow),
         pytest.param("bf16-optimizer", "bitsandbytes", marks=pytest.mark.slow),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -95,6 +97,20 @@ def train(flavour: str, kind: str, mode: str, on_freeze: str, kernel: str = "dee
     return seen
 
 
+Runs = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def runs(ranks: RankPools) -> Runs:
+    """What all ranks saw; runs that several tests look at are made once."""
+
+    @functools.cache
+    def made(**settings: str) -> list[dict[str, Any]]:
+        return ranks(WORLD).run(train, **settings)
+
+    return made
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "mode", "on_freeze"),
     [
@@ -123,18 +139,18 @@ def train(flavour: str, kind: str, mode: str, on_freeze: str, kernel: str = "dee
     ],
 )
 def test_later_stages_train_on_what_quantization_left(
-    ranks: RankPools, name: str, kind: str, mode: str, on_freeze: str
+    runs: Runs, name: str, kind: str, mode: str, on_freeze: str
 ) -> None:
     flavour = ALL[name]
-    runs = ranks(WORLD).run(train, flavour=name, kind=kind, mode=mode, on_freeze=on_freeze)
+    seen = runs(flavour=name, kind=kind, mode=mode, on_freeze=on_freeze)
     losses, expected = reference(kind, MODES[mode][0], flavour.numerics, on_freeze)
     tolerance = tolerance_for(flavour.numerics)
     for step, theirs in enumerate(losses):
-        ours = [loss for run in runs for loss in run["losses"][step]]
+        ours = [loss for run in seen for loss in run["losses"][step]]
         assert ours == pytest.approx(theirs, abs=max(1e-6, tolerance.loss)), f"step {step}"
-    for run in runs:
+    for run in seen:
         rounded_ones = run["quantized"][-1]
-        ours, theirs = run["weights"], dict(expected)
+        ours, theirs = dict(run["weights"]), dict(expected)
         # A last bit decides to which side of a step a weight is rounded: there, single elements may be a step off.
         off = torch.cat([(ours.pop(n) - theirs.pop(n)).abs().float().flatten() for n in rounded_ones])
         assert off.mean() <= (2e-4 if flavour.mixed else 1e-6)
@@ -145,21 +161,22 @@ def test_later_stages_train_on_what_quantization_left(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero2-bf16", "zero3-fp32"])
-def test_the_fused_step_goes_on_with_what_is_left(ranks: RankPools, name: str) -> None:
+def test_the_fused_step_goes_on_with_what_is_left(runs: Runs, name: str) -> None:
     settings = {"flavour": name, "kind": "bert", "mode": "planned", "on_freeze": "nf4"}
-    ours, theirs = (ranks(WORLD).run(train, **settings, kernel=kernel) for kernel in ("reference", "deepspeed"))
+    ours, theirs = runs(**settings, kernel="reference"), runs(**settings)
     for run, other in zip(ours, theirs, strict=True):
         assert [*chain(*run["losses"])] == pytest.approx([*chain(*other["losses"])], abs=2**-6)
-        assert run["freed"] == pytest.approx(other["freed"], abs=4096)
+        # Its work lists shrink too.
+        assert all(freed >= least - 4096 for freed, least in zip(run["freed"], other["freed"], strict=True))
 
 
 @pytest.mark.parametrize("name", ["zero2-fp32", pytest.param("zero3-bf16", marks=pytest.mark.slow)])
-def test_the_memory_of_the_weights_is_released_by_the_formula(ranks: RankPools, name: str) -> None:
+def test_the_memory_of_the_weights_is_released_by_the_formula(runs: Runs, name: str) -> None:
     from progtuning_ds.on_freeze import weight_bytes
 
     element = 2 if ALL[name].mixed else 4
     sharing = WORLD if ALL[name].stage == 3 else 1
-    for run in ranks(WORLD).run(train, flavour=name, kind="bert", mode="planned", on_freeze="nf4"):
+    for run in runs(flavour=name, kind="bert", mode="planned", on_freeze="nf4"):
         before = 0
         shapes = {n: p.shape for n, p in problem.build_model("bert").named_parameters()}
         for (released, held), freed, names in zip(run["transitions"], run["freed"], run["quantized"], strict=True):
@@ -218,24 +235,22 @@ def refusals(flavour: str) -> list[str]:
     return said
 
 
-def test_what_cannot_be_quantized_is_refused_by_name(ranks: RankPools) -> None:
-    for name in ("zero2-fp32", "zero3-fp32"):
-        for said in ranks(WORLD).run(refusals, flavour=name):
-            assert said[0] == (
-                "on_freeze must be keep here, got 'nf4': block 0 trains again in stage 2, and what was quantized cannot"
+@pytest.mark.parametrize("name", ["zero2-fp32", pytest.param("zero3-fp32", marks=pytest.mark.slow)])
+def test_what_cannot_be_quantized_is_refused_by_name(ranks: RankPools, name: str) -> None:
+    for said in ranks(WORLD).run(refusals, flavour=name):
+        assert said[0] == (
+            "on_freeze must be keep here, got 'nf4': block 0 trains again in stage 2, and what was quantized cannot"
+        )
+        assert said[1] == "on_freeze must be one of keep, int8, nf4, got 'nf5'; did you mean 'nf4'?"
+        assert said[2] == "on_freeze must be keep here, got 'nf4': no block of the plan freezes"
+        assert said[-3].startswith("engine.save_checkpoint knows nothing of blocks quantized to nf4 (on_freeze): use ")
+        assert said[-2].startswith("a weight quantized to nf4 when its block froze has no place in a state dict")
+        assert said[-1] == (
+            "names must hold no weight that was quantized when its block froze (on_freeze), got "
+            "'bert.encoder.layer.0.output.dense.weight'; it cannot train again, nothing was changed"
+        )
+        if name == "zero3-fp32":
+            assert said[3].endswith(
+                "under ZeRO-3 it needs groups made for the plan; build them with progtuning_ds.param_groups"
             )
-            assert said[1] == "on_freeze must be one of keep, int8, nf4, got 'nf5'; did you mean 'nf4'?"
-            assert said[2] == "on_freeze must be keep here, got 'nf4': no block of the plan freezes"
-            assert said[-3].startswith(
-                "engine.save_checkpoint knows nothing of blocks quantized to nf4 (on_freeze): use "
-            )
-            assert said[-2].startswith("a weight quantized to nf4 when its block froze has no place in a state dict")
-            assert said[-1] == (
-                "names must hold no weight that was quantized when its block froze (on_freeze), got "
-                "'bert.encoder.layer.0.output.dense.weight'; it cannot train again, nothing was changed"
-            )
-            if name == "zero3-fp32":
-                assert said[3].endswith(
-                    "under ZeRO-3 it needs groups made for the plan; build them with progtuning_ds.param_groups"
-                )
-            assert all("\n" not in line for line in said)
+        assert all("\n" not in line for line in said)

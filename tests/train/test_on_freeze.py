@@ -81,9 +81,8 @@ def test_either_export_holds_what_it_says_and_both_are_scored(
         assert 0 < (tensor - other).abs().max() <= 1.05 * step
 
 
-@pytest.mark.parametrize(
-    ("deepspeed", "on_freeze"), [("zero2", "nf4"), pytest.param("zero3", "nf4", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("deepspeed", "on_freeze"), [("zero2", "nf4"), ("zero3", "nf4")])
 def test_a_run_stopped_after_a_freeze_goes_on_to_the_bit(
     ranks: RankPools, sources: Path, tmp_path: Path, deepspeed: str, on_freeze: str
 ) -> None:
@@ -128,6 +127,7 @@ def test_a_run_that_goes_back_before_a_freeze_freezes_again(ranks: RankPools, so
     assert [path.read_bytes() for path in files[0]] == [path.read_bytes() for path in files[1]]
 
 
+@pytest.mark.slow
 def test_exact_weights_that_are_damaged_or_gone_are_named(ranks: RankPools, sources: Path, tmp_path: Path) -> None:
     made = given(sources, tmp_path / "run")
     ranks(2).run(run, given=made, signal_at=BOUNDARY)
