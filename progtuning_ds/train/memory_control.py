@@ -102,9 +102,8 @@ class MemoryControl:
         before = engine.train_micro_batch_size_per_gpu()
         if size != before:
             set_micro_batch(engine, size)
-            self.say(
-                f"  {size} rows per pass instead of {before}: {engine.gradient_accumulation_steps()} passes per step"
-            )
+            passes = engine.gradient_accumulation_steps()
+            self.say(f"  {size} rows per pass instead of {before}: {passes} pass{'es' * (passes > 1)} per step")
         reset_peak()
         return short
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from progtuning_ds.config import load_run_config
 from progtuning_ds.memory import format_bytes
 from progtuning_ds.train.memory_plot import stack_bars
 from progtuning_ds.train.records import (
@@ -23,6 +24,7 @@ from progtuning_ds.train.records import (
     StepRecord,
     read_records,
 )
+from progtuning_ds.train.run_dir import CONFIG
 
 PAGE, PICTURES = "report.html", "report"
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
@@ -36,6 +38,8 @@ class _Run:
     memory: Sequence[MemoryRecord]
     steps: Sequence[StepRecord]
     evaluations: Sequence[EvaluationRecord]
+    about: str
+    """Model and data, in words."""
 
 
 def write_report(folder: Path) -> Path:
@@ -53,6 +57,7 @@ def write_report(folder: Path) -> Path:
         read_records(folder, MemoryRecord),
         read_records(folder, StepRecord),
         read_records(folder, EvaluationRecord),
+        _about(folder),
     )
     pictures = folder / PICTURES
     pictures.mkdir(exist_ok=True)
@@ -62,6 +67,17 @@ def write_report(folder: Path) -> Path:
     page = folder / PAGE
     page.write_text(_page(found, sections), encoding="utf-8")
     return page
+
+
+def _about(folder: Path) -> str:
+    """Model and data as the run's configuration names them, where it is there."""
+    path = folder / CONFIG
+    if not path.exists():
+        return ""
+    config = load_run_config(path)
+    data = config.data.train_file or config.data.source or "the task's own data"
+    method = "" if config.method.kind == "full" else f" with {config.method.kind}"
+    return f"Model {config.model.path}{method}, task {config.task.kind}, trained on {data}. "
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------
@@ -129,7 +145,11 @@ def _transitions(axes: Any, found: _Run) -> None:
     axes.bar([place - 0.2 for place in x], released, 0.4, color=_GREEN, label="released on each rank")
     moved = [stage.moved_bytes / 2**20 for stage in later]
     axes.bar([place + 0.2 for place in x], moved, 0.4, color=_ORANGE, label="moved between ranks")
-    names = [f"{stage.stage} to {stage.stage + 1}\n{1000 * stage.transition_seconds:.0f} ms" for stage in later]
+    names = [f"stage {stage.stage} to {stage.stage + 1}\n{1000 * stage.transition_seconds:.0f} ms" for stage in later]
+    for offset, sizes in ((-0.2, released), (0.2, moved)):
+        for place, size in zip(x, sizes, strict=True):
+            axes.annotate(format_bytes(size * 2**20), (place + offset, size), ha="center", va="bottom", fontsize=9)
+    axes.margins(y=0.1)
     axes.set_xticks(x, names)
     axes.set_ylabel("MiB")
     axes.legend(loc="best", fontsize=8)
@@ -165,8 +185,8 @@ _FIGURES: tuple[tuple[str, str, _Draw, Callable[[_Run], bool]], ...] = (
     ),
     (
         "Throughput",
-        "Rows trained per second; frozen blocks need no weight gradients, and none at all where backward stops above "
-        "them.",
+        "Rows trained per second. Frozen blocks need no gradients of their weights, and no backward at all where it "
+        "stops above them; more rows per pass, where freed memory allows them, keep the device busier.",
         _throughput,
         lambda found: bool(found.steps),
     ),
@@ -183,7 +203,8 @@ def _stage_lines(axes: Any, found: _Run) -> None:
     axes.set_xlabel("optimizer step")
     axes.grid(alpha=0.2)
     for stage in found.stages[1:]:
-        axes.axvline(stage.first_step, color="black", linestyle=":", linewidth=1)
+        # Steps count from 1: the boundary is between the last one of a stage and the first one of the next.
+        axes.axvline(stage.first_step + 0.5, color="black", linestyle=":", linewidth=1)
 
 
 def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
@@ -240,10 +261,11 @@ def _summary(found: _Run) -> str:
     budget = next((record.budget for record in found.memory if record.budget), None)
     limit = f" Budget per rank: {format_bytes(budget)}." if budget else ""
     return (
-        f"Trained on {run.world_size} rank(s) ({run.device}) in {run.precision} with ZeRO stage {run.zero_stage} in "
-        f"{run.seconds:.0f} seconds. It updated {run.updated_params:,} parameters, counted once per epoch, where full "
+        f"{found.about}Trained on {run.world_size} rank(s) ({run.device}) in {run.precision} with ZeRO stage "
+        f"{run.zero_stage} in {run.seconds:.0f} seconds. It updated {run.updated_params:,} parameters, counted once per epoch, where full "
         f"fine-tuning would have updated {run.updated_params_full:,}: {run.saving:.1%} saved. Last scores: {scores}."
-        f"{limit}"
+        f"{limit} Training goes in stages: at each boundary the lowest blocks that still trained freeze, and what "
+        "their training took is released."
     )
 
 
@@ -257,7 +279,7 @@ def _table(found: _Run) -> str:
         "Rows/s",
         "State per rank",
         "Predicted peak",
-        "Measured peak",
+        "Process peak" if found.run.device == "cpu" else "Measured peak",
         "Released",
         "Moved",
     )
@@ -281,5 +303,12 @@ def _table(found: _Run) -> str:
         )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    words = "Measured peak: of the whole process." if found.run.device == "cpu" else "Measured peak: of the allocator."
+    words = "Rows x passes: rows per forward pass and rank, times passes per step. State: of the optimizer. "
+    if found.run.device == "cpu":
+        words += (
+            "Process peak: of the whole process, with Python and libraries; the prediction counts tensors, which "
+            "progtuning profile measures."
+        )
+    else:
+        words += "Measured peak: of the allocator."
     return f"<table><tr>{head}</tr>{body}</table><p>{words}</p>"

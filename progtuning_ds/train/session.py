@@ -135,6 +135,8 @@ class Session:
 
     def _export(self, built: Built) -> None:
         """Write the model beside the place where it belongs, then put it there: it is whole or not there."""
+        # ZeRO-3 may be fetching weights ahead for a pass that the last evaluation did not run.
+        built.engine.empty_partition_cache()
         new = self.folder / f"{run_dir.FINAL}.new"
         save_final(built.module, self.job.tokenizer, new, is_first=self.ranks.is_first)
         on_first(lambda: run_dir.put_in_place(new, self.folder / run_dir.FINAL))

@@ -73,3 +73,11 @@ def test_a_run_of_one_stage_has_no_transitions(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     assert page.count("data:image/png;base64,") == 5
     assert "of the whole process" in page
+    assert "<th>Process peak</th>" in page
+
+
+def test_the_page_names_model_task_and_data(tmp_path: Path) -> None:
+    write_run(tmp_path, 2, "cuda")
+    (tmp_path / "config.yaml").write_text("model: {path: a <b>}\ndata: {train_file: rows.csv}\nmethod: {kind: lora}\n")
+    page = write_report(tmp_path).read_text()
+    assert "Model a &lt;b&gt; with lora, task classification, trained on rows.csv. Trained on 2 rank(s)" in page
