@@ -8,6 +8,8 @@ DeepSpeed's buckets, is taken beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +76,18 @@ def _run(task: Task, module: nn.Module, batch: Batch) -> None:
         if parameter.requires_grad:
             stand_ins[f"module.{name}"] = leaf = parameter.detach().requires_grad_()
             leaf.register_post_accumulate_grad_hook(_drop)
-    functional_call(_Pass(task, module), stand_ins, (batch,))
+    with _uncompiled(module):
+        functional_call(_Pass(task, module), stand_ins, (batch,))
+
+
+@contextmanager
+def _uncompiled(module: nn.Module) -> Iterator[None]:
+    """Undo `Module.compile` for a moment: graphs for the stand-ins would serve nobody else."""
+    compiled, module._compiled_call_impl = module._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = compiled
 
 
 def _drop(parameter: torch.Tensor) -> None:
