@@ -96,8 +96,9 @@ class Keeper:
         return [self._completed(save.step, path, save.stalled)]
 
     def _completed(self, step: int, path: Path, stalled: float | None = None) -> CheckpointRecord:
-        on_first(lambda: self._rotate(step))
+        # Before rotation, which may leave a shared file with one name.
         size, written = on_first(lambda: (sum(file.stat().st_size for file in path.iterdir()), written_bytes(path)))
+        on_first(lambda: self._rotate(step))
         took = time.perf_counter() - self._began
         return CheckpointRecord(step, path.name, size, took if stalled is None else stalled, written, took)
 

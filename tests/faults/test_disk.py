@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 
 from progtuning_ds.checkpoint import CheckpointStore, open_checkpoint
 from progtuning_ds.train.outcome import CHECKPOINT
+from progtuning_ds.train.run_lock import LOCK
 from tests.faults.conftest import Bench
 from tests.faults.launch import Ended, launch
 from tests.train.test_resume import same_results
@@ -80,3 +84,37 @@ def test_a_read_only_disk_is_told_in_one_line(bench: Bench, small_disk: Path, tm
     ended = launch(bench.arguments(small_disk / "run", "zero2"), tmp_path / "logs")
     assert ended.codes == (CHECKPOINT, CHECKPOINT), ended.said
     assert errors(ended)[0] == f"error: Read-only file system ({small_disk / 'run'})"
+
+
+def become_nobody() -> None:
+    """Root may write anywhere; from where the run touches its directory, ranks are somebody else."""
+    from progtuning_ds.train import session
+
+    run = session.Session.run
+
+    def as_nobody(self, resume):
+        os.seteuid(65534)
+        try:
+            run(self, resume)
+        finally:
+            os.seteuid(0)  # to clean up after itself
+
+    session.Session.run = as_nobody
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", [False, True], ids=["cannot-be-made", "is-another-user's"])
+def test_a_directory_without_permission_is_told_in_one_line(bench: Bench, tmp_path: Path, there: bool) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody who may not")
+    folder = Path(tempfile.mkdtemp())  # pytest's own may not even be looked into by others
+    folder.chmod(0o755)
+    try:
+        if there:
+            (folder / "run").mkdir(mode=0o755)
+        ended = launch(bench.arguments(folder / "run", "zero2"), tmp_path / "logs", prepare=become_nobody)
+    finally:
+        shutil.rmtree(folder)
+    assert ended.codes == (CHECKPOINT, CHECKPOINT), ended.said
+    name = folder / "run" / LOCK if there else folder / "run"
+    assert errors(ended)[0] == f"error: Permission denied ({name})"
