@@ -17,6 +17,7 @@ from tests.train.test_run import settings
 MIB = 2**20
 SLACK = 96 * MIB  # heap, thread stacks and oneDNN's scratch, which are no tensors
 ROWS, SEQ_LEN = 32, 128
+PLENTY = 100_000
 
 
 def propose(given: dict[str, Any], megabytes: int) -> dict[str, Any] | None:
@@ -38,6 +39,7 @@ def propose(given: dict[str, Any], megabytes: int) -> dict[str, Any] | None:
         "model": {"gradient_checkpointing": proposal.choice.checkpointing},
         "memory": {"micro_batch_sizes": sizes},
         "train": {"micro_batch_size": sizes[0]},
+        "predicted": max(stage.footprint.peak for stage in proposal.stages),
     }
 
 
@@ -58,7 +60,7 @@ def run_limited(given: dict[str, Any], megabytes: int) -> list[int]:
         return build(*arguments)
 
     profiling.build = limit_and_build
-    config = run_config(given)
+    config = run_config({name: section for name, section in given.items() if name != "predicted"})
     quiet_libraries(config.logging)
     return [record.measured_peak for record in profiling.run_profile(config, steps=1).records]
 
@@ -81,7 +83,7 @@ def alone(function: str, given: dict[str, Any], megabytes: int) -> Any:
         [sys.executable, "-c", code, json.dumps(given)],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=500,
         env=environ,
         check=False,
     )
@@ -90,7 +92,7 @@ def alone(function: str, given: dict[str, Any], megabytes: int) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1500)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit that the kernel enforces")
 @pytest.mark.parametrize("megabytes", [190, 260, 500])
 def test_a_proposal_runs_under_the_limit_it_was_made_for(
@@ -105,13 +107,22 @@ def test_a_proposal_runs_under_the_limit_it_was_made_for(
         task={"max_length": SEQ_LEN},
         train={"epochs": 2, "global_batch_size": ROWS, "micro_batch_size": 1, "precision": "fp32"},
     )
-    found = alone("propose", base, megabytes)
-    assert isinstance(found, dict), found
-    given = {name: {**base.get(name, {}), **found.get(name, {})} for name in {**base, **found} if name != "output_dir"}
-    given |= {"output_dir": base["output_dir"], "deepspeed": found["deepspeed"]}
+    given = with_proposal(base, alone("propose", base, megabytes))
     peaks = alone("run_limited", given, megabytes)
     assert isinstance(peaks, list), peaks
     assert max(peaks) <= 1.05 * megabytes * MIB
-    failed = alone("run_limited", given, megabytes // 4 - 48)
-    assert isinstance(failed, str)
-    assert "memory" in failed
+    # The limit is one: what is cheaper, and was rejected for what it needs, fails under it.
+    rejected = with_proposal(base, alone("propose", base, PLENTY))
+    if rejected["predicted"] > (megabytes * MIB + SLACK) * 1.1:
+        failed = alone("run_limited", rejected, megabytes)
+        assert isinstance(failed, str)
+        assert "memory" in failed
+    else:
+        assert megabytes > 260, "only where nearly everything fits"
+
+
+def with_proposal(base: dict[str, Any], found: Any) -> dict[str, Any]:
+    """The settings with what was proposed for them."""
+    assert isinstance(found, dict), found
+    given = {name: {**base.get(name, {}), **found[name]} for name in ("model", "memory", "train")}
+    return {**base, **given, "deepspeed": found["deepspeed"], "predicted": found["predicted"]}
