@@ -52,9 +52,9 @@ def _check_compile(backend: str, zero_stage: int) -> None:
         )
     known = torch._dynamo.list_backends(exclude_tags=())
     if backend not in known:
+        usual = ", ".join(sorted(torch._dynamo.list_backends()))  # without those that are for debugging
         raise ConfigError(
-            f"train.compile_backend must be one of {', '.join(sorted(known))}, got {backend!r}"
-            f"{did_you_mean(backend, known)}"
+            f"train.compile_backend must be one of {usual}, got {backend!r}{did_you_mean(backend, known)}"
         )
 
 

@@ -182,6 +182,11 @@ def test_what_is_wrong_with_the_files_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_without_the_files_is_one_line(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ConfigError, match=r"data\.source: .* holds no train\.tsv, and is no folder of save_to_disk"):
+        built(tmp_path, tokenizer, "rte")
+
+
 @pytest.mark.parametrize("name", ["stsb", "mnli"])
 def test_a_run_scores_and_submits_every_row_once(
     ranks: RankPools, tmp_path: Path, model_dir: Path, tokenizer: PreTrainedTokenizerBase, name: str

@@ -208,6 +208,26 @@ def test_what_is_wrong_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("paragraph", "words"),
+    [
+        ({"qas": [question("a film", "film")]}, "'context' is missing behind question 0"),
+        ({"context": "a film", "qas": [{"id": "q", "answers": []}]}, "'question' is missing behind question 0"),
+        ({"context": "a film", "qas": ["q"]}, "is no SQuAD behind question 0"),
+    ],
+)
+def test_an_official_file_with_a_hole_is_one_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, paragraph: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    data = {"train_file": str(file), "validation_file": str(file)}
+    with pytest.raises(ConfigError) as caught:
+        SquadTask.build(run_config({"data": data, "task": {"kind": "squad", "stride": 4}}), tokenizer, max_positions=32)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_scores_of_a_run_do_not_depend_on_ranks(ranks: RankPools, tmp_path: Path, model_dir: Path) -> None:
     files = [
         official(tmp_path / f"{name}.json", made(count, seed)) for name, count, seed in (("a", 40, 1), ("b", 11, 2))

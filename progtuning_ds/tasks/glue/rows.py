@@ -42,6 +42,8 @@ def load_rows(data: DataConfig, name: str, spec: GlueSpec, seed: int) -> dict[st
         found, where = _official(folder, spec), str(folder)
     else:
         is_saved = (folder / "dataset_dict.json").is_file()
+        if folder.is_dir() and not is_saved:
+            raise ConfigError(f"data.source: {source!r} holds no train.tsv, and is no folder of save_to_disk")
         found, where = load_named(source, data.config_name or (None if is_saved else name)), source
     splits = {split: Split(rows, f"split {split!r} of {where}") for split, rows in found.items()}
     for split in splits.values():

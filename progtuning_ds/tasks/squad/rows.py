@@ -51,9 +51,16 @@ def _read_official(path: Path) -> Dataset | None:
     if not isinstance(content.get("data"), list):
         return None
     rows: list[dict[str, Any]] = []
-    for article in content["data"]:
-        for paragraph in article["paragraphs"]:
-            rows += [_question(paragraph["context"], one) for one in paragraph["qas"]]
+    try:
+        for article in content["data"]:
+            for paragraph in article["paragraphs"]:
+                rows += [_question(paragraph["context"], one) for one in paragraph["qas"]]
+    except KeyError as error:
+        raise ConfigError(
+            f"data (squad): {str(path)!r} is no SQuAD: {error} is missing behind question {len(rows)}"
+        ) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"data (squad): {str(path)!r} is no SQuAD behind question {len(rows)}: {error}") from error
     return Dataset.from_list(rows)
 
 
