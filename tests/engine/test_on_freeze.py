@@ -93,7 +93,8 @@ def train(flavour: str, kind: str, mode: str, on_freeze: str, kernel: str = "dee
     seen["weights"] = weights(engine)
     seen["eval"] = [quantized, engine(**inputs).loss.item()]
     stages.compression.put_back(lambda block: {n: t for n, t in exact.items() if n in stages.blocks.blocks[block]})
-    seen["exact"] = all(torch.equal(weights(engine)[name], value) for name, value in exact.items()) and bool(exact)
+    final = weights(engine)
+    seen["exact"] = bool(exact) and all(torch.equal(final[name], value) for name, value in exact.items())
     return seen
 
 
