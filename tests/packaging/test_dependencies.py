@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMES_WITH = {
     "pydantic_core": "pydantic",
     "numpy": "torchmetrics",
+    "pyarrow": "datasets",
     "tokenizers": "transformers",
     "triton": "torch",  # in its CUDA builds, and only there do the kernels run
 }

@@ -67,7 +67,8 @@ def test_a_compiled_run_loses_what_an_eager_one_does(
         assert rank["graphs"] >= 2, "one per stage at least"
         assert (rank["breaks"], rank["limit"]) == (0, 0)
     assert [one.loss for one in ours] == pytest.approx([one.loss for one in records], abs=2e-5)
-    assert [one.grad_norm for one in ours] == pytest.approx([one.grad_norm for one in records], rel=1e-3)
+    if deepspeed != "single_gpu":  # without ZeRO and clipping, DeepSpeed computes no norm in fp32
+        assert [one.grad_norm for one in ours] == pytest.approx([one.grad_norm for one in records], rel=1e-3)
     assert [one.metrics["loss"] for one in scores] == pytest.approx([o.metrics["loss"] for o in evaluations], abs=2e-5)
 
 
