@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from demo_runs import demo_run
 from rich.console import Console
 from rich.table import Table
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 # Additions start from nothing and want larger steps than weights that are already good.
 LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adapter": 1e-3, "bitfit": 1e-3, "ia3": 3e-3}
 
@@ -28,19 +27,13 @@ LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adapter": 1e-3, "bi
 def run(method: str, staged: bool, seed: int, folder: Path, extra: list[str]) -> dict[str, Any]:
     """One training run, or what an earlier one left."""
     output = folder / f"{method}-{'progtuning' if staged else 'constant'}-{seed}"
-    if not (output / "summary.json").exists():
-        settings = {
-            "method.kind": method,
-            "schedule.enabled": str(staged).lower(),
-            "train.seed": seed,
-            "train.learning_rate": LEARNING_RATES.get(method, 1e-3),
-            "output_dir": output,
-        }
-        words = [f"{key}={value}" for key, value in settings.items()]
-        subprocess.run(["bash", "launch/demo.sh", "--overwrite", *words, *extra], check=True, cwd=REPOSITORY)
-    summary = json.loads((output / "summary.json").read_text())
-    stages = [json.loads(line) for line in (output / "stages.jsonl").read_text().splitlines()]
-    return {"summary": summary, "stages": stages}
+    settings = {
+        "method.kind": method,
+        "schedule.enabled": str(staged).lower(),
+        "train.seed": seed,
+        "train.learning_rate": LEARNING_RATES.get(method, 1e-3),
+    }
+    return demo_run(output, settings, extra)
 
 
 def row(method: str, staged: bool, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,27 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 from pathlib import Path
 from typing import Any
 
+from demo_runs import demo_run
 from rich.console import Console
 from rich.table import Table
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 KINDS = ("keep", "int8", "nf4")
 
 
 def run(on_freeze: str, seed: int, folder: Path, extra: list[str]) -> dict[str, Any]:
     """One training run, or what an earlier one left."""
-    output = folder / f"{on_freeze}-{seed}"
-    if not (output / "summary.json").exists():
-        settings = {"schedule.on_freeze": on_freeze, "train.seed": seed, "output_dir": output}
-        words = [f"{key}={value}" for key, value in settings.items()]
-        subprocess.run(["bash", "launch/demo.sh", "--overwrite", *words, *extra], check=True, cwd=REPOSITORY)
-    summary = json.loads((output / "summary.json").read_text())
-    stages = [json.loads(line) for line in (output / "stages.jsonl").read_text().splitlines()]
-    return {"summary": summary, "stages": stages}
+    settings = {"schedule.on_freeze": on_freeze, "train.seed": seed}
+    return demo_run(folder / f"{on_freeze}-{seed}", settings, extra)
 
 
 def row(on_freeze: str, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -21,11 +21,7 @@ from tests.train.test_run import settings, train
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("acceleration")
-    tiny.save_model(folder / "model", layers=2)
-    tiny.write_csv(folder / "train.csv", tiny.rows(48, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(11, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("acceleration"), 48, 11, layers=2)
 
 
 def train_and_count(given: dict[str, Any]) -> dict[str, int]:

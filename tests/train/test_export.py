@@ -18,11 +18,7 @@ from tests.train.test_run import settings, train
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.save_model(folder / "model")
-    tiny.write_csv(folder / "train.csv", tiny.rows(58, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(23, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("sources"), 58, 23)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,11 +26,7 @@ TWO = {"schedule": {"num_stages": 2}}
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.save_model(folder / "model", layers=2)
-    tiny.write_csv(folder / "train.csv", tiny.rows(58, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(9, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("sources"), 58, 9, layers=2)
 
 
 def test_a_directory_in_use_is_refused_with_who_uses_it(ranks: RankPools, sources: Path, tmp_path: Path) -> None:

@@ -19,11 +19,7 @@ ROWS = 48  # a multiple of the 12 rows of a step
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("memory-sources")
-    tiny.save_model(folder / "model")
-    tiny.write_csv(folder / "train.csv", tiny.rows(ROWS, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(12, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("memory-sources"), ROWS, 12)
 
 
 def refused(given: dict[str, Any]) -> str:

@@ -24,11 +24,7 @@ BOUNDARY = 5  # steps to the end of the first of two stages, after which blocks 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.save_model(folder / "model", dropout=0.1)
-    tiny.write_csv(folder / "train.csv", tiny.rows(58, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(23, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("sources"), 58, 23, dropout=0.1)
 
 
 def given(sources: Path, folder: Path, on_freeze: str = "nf4", **more: Any) -> dict[str, Any]:

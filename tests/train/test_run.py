@@ -27,11 +27,7 @@ TRAIN_ROWS, TEST_ROWS = 58, 23
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sources")
-    tiny.save_model(folder / "model")
-    tiny.write_csv(folder / "train.csv", tiny.rows(TRAIN_ROWS, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(TEST_ROWS, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("sources"), TRAIN_ROWS, TEST_ROWS)
 
 
 def settings(sources: Path, output: Path, **sections: Any) -> dict[str, Any]:

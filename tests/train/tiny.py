@@ -52,3 +52,11 @@ def write_csv(path: Path, data: list[dict[str, str]]) -> Path:
         writer.writeheader()
         writer.writerows(data)
     return path
+
+
+def save_sources(folder: Path, train: int, test: int, *, layers: int = 4, dropout: float = 0.0) -> Path:
+    """A model in ``folder/model``, and ``train.csv`` and ``test.csv`` with so many rows; returns ``folder``."""
+    save_model(folder / "model", layers=layers, dropout=dropout)
+    write_csv(folder / "train.csv", rows(train, seed=1))
+    write_csv(folder / "test.csv", rows(test, seed=2))
+    return folder

@@ -46,11 +46,7 @@ SCHEDULER = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trainer")
-    tiny.save_model(folder / "model", layers=3)
-    tiny.write_csv(folder / "train.csv", tiny.rows(TRAIN_ROWS, seed=1))
-    tiny.write_csv(folder / "test.csv", tiny.rows(12, seed=2))
-    return folder
+    return tiny.save_sources(tmp_path_factory.mktemp("trainer"), TRAIN_ROWS, 12, layers=3)
 
 
 @pytest.fixture(scope="module")
