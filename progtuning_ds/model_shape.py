@@ -14,6 +14,7 @@ from torch import nn
 
 from progtuning_ds.blocks import BlockMap, full_numel, full_shape
 from progtuning_ds.memory import Architecture, Param, ParamTable
+from progtuning_ds.methods.frozen_linear import freezable
 
 TESTED = ("bert", "gpt2", "llama", "mistral", "qwen2")
 """Families whose activations are compared with what autograd saves."""
@@ -28,6 +29,7 @@ _HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "drop
 
 def param_table(model: nn.Module, blocks: BlockMap) -> ParamTable:
     """Sizes of all parameters by component; biases and norm weights do not decay, as in ``param_groups``."""
+    matrices = freezable(model, blocks)
     return ParamTable(
         tuple(
             Param(
@@ -36,6 +38,7 @@ def param_table(model: nn.Module, blocks: BlockMap) -> ParamTable:
                 component=blocks.component_of(name),
                 decays=len(full_shape(parameter)) >= 2,
                 frozen=name in blocks.frozen,
+                matrix=matrices.get(name),
             )
             for name, parameter in model.named_parameters()
         ),

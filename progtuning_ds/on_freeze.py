@@ -14,7 +14,9 @@ KINDS = ("keep", "int8", "nf4")
 """As they are, bytes with a scale per output, or 4-bit NormalFloat in blocks of 64 with 8-bit scales (QLoRA, arXiv
 2305.14314)."""
 NF4_BLOCK = 64
-_SCALES_BLOCK = 256
+_SCALES_BLOCK, _SCALES_MEAN = 256, 4
+TABLE_BYTES = {"keep": 0, "int8": 0, "nf4": 4 * (16 + 256)}
+"""What all layers of a model share: the values of NF4's codes and of its 8-bit scales."""
 
 
 def weight_bytes(kind: str, outputs: int, inputs: int, *, element: int, ranks: int = 1) -> int:
@@ -25,7 +27,7 @@ def weight_bytes(kind: str, outputs: int, inputs: int, *, element: int, ranks: i
         outputs: rows of the weight.
         inputs: columns.
         element: bytes of an element that is not quantized.
-        ranks: how many share the weight (ZeRO-3); scales are whole on each.
+        ranks: how many share the weight (ZeRO-3); scales are whole on each. ``TABLE_BYTES`` are held once beside.
     """
     numel = outputs * inputs
     if kind == "int8":
@@ -33,7 +35,7 @@ def weight_bytes(kind: str, outputs: int, inputs: int, *, element: int, ranks: i
     if kind == "nf4":
         blocks = -(-numel // NF4_BLOCK)
         codes = -(-numel // 2)
-        return -(-codes // ranks) + blocks + 4 * -(-blocks // _SCALES_BLOCK)
+        return -(-codes // ranks) + blocks + 4 * -(-blocks // _SCALES_BLOCK) + _SCALES_MEAN
     return element * -(-numel // ranks)
 
 

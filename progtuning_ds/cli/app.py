@@ -157,6 +157,10 @@ def _plan(
     kernel: Annotated[
         str, typer.Option(help="Optimizer step: deepspeed, fused, or any of them.", rich_help_panel=_FIT)
     ] = "any",
+    on_freeze: Annotated[
+        str,
+        typer.Option(help="Linear layers of frozen blocks: keep, or quantize to int8 or nf4.", rich_help_panel=_FIT),
+    ] = "keep",
     host_memory: Annotated[
         str | None,
         typer.Option(help="Host memory per GPU, for offload.", show_default="no limit", rich_help_panel=_FIT),
@@ -206,7 +210,7 @@ def _plan(
 
     fit = make_fit(
         report,
-        FitRequest(gpus, memory, seq_len, global_batch, precision, attention, host_memory, reserve, kernel),
+        FitRequest(gpus, memory, seq_len, global_batch, precision, attention, host_memory, reserve, kernel, on_freeze),
     )
     if as_json:
         typer.echo(json.dumps(fit_content(fit), indent=2))

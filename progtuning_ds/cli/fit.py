@@ -10,6 +10,7 @@ from progtuning_ds.memory import (
     ATTENTIONS,
     KERNELS,
     Budget,
+    EngineSetup,
     Outcome,
     Remedy,
     Request,
@@ -18,6 +19,7 @@ from progtuning_ds.memory import (
     search,
 )
 from progtuning_ds.model_shape import TESTED
+from progtuning_ds.on_freeze import KINDS
 
 RUN = "run.yaml"
 TASKS = {
@@ -46,6 +48,7 @@ class FitRequest:
     host_memory: str | None = None
     reserve: str | None = None
     kernel: str = "any"
+    on_freeze: str = "keep"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ def default_reserve(device_bytes: int) -> int:
 def make_fit(report: PlanReport, wanted: FitRequest) -> Fit:
     """Search for the cheapest configuration; `ConfigError` for bad input, and for a budget below the reserve."""
     require_choice("kernel", wanted.kernel, KERNEL_CHOICES)
+    _check_on_freeze(report, wanted.on_freeze)
     request = Request(
         gpus=wanted.gpus,
         budget=_budget(wanted),
@@ -75,10 +79,19 @@ def make_fit(report: PlanReport, wanted: FitRequest) -> Fit:
         precision=wanted.precision,
         attention=wanted.attention,
         kernels=KERNELS if wanted.kernel == "any" else (wanted.kernel,),
+        on_freeze=wanted.on_freeze,
     )
     outcome = search(report.workload, request)
     found = () if outcome.proposal else tuple(remedies(report.workload, request))
     return Fit(report, request, outcome, found, _notes(report))
+
+
+def _check_on_freeze(report: PlanReport, kind: str) -> None:
+    """Refuse what no engine can do with this model and plan."""
+    require_choice("on_freeze", kind, KINDS)
+    reason = report.workload.why_not_quantized(EngineSetup(zero_stage=1, world_size=1, on_freeze=kind))
+    if reason:
+        raise ConfigError(f"on_freeze must be keep here, got {kind!r}: {reason}")
 
 
 def _budget(wanted: FitRequest) -> Budget:

@@ -81,6 +81,7 @@ def run_settings(fit: Fit, asked: PlanRequest, proposal: Proposal) -> dict[str, 
             "stage_lengths": _lengths(asked),
             "length_unit": asked.length_unit,
             "always_train": list(asked.always_train),
+            "on_freeze": request.on_freeze,
         },
         "train": {
             "epochs": _whole_epochs(asked.epochs),

@@ -14,7 +14,7 @@ from progtuning_ds.cli.plan import report_content
 from progtuning_ds.memory import CATEGORIES, Failure, Footprint, Proposal, format_bytes, least_memory
 
 _GROUPS = {
-    "Weights": ("weights",),
+    "Weights": ("weights", "quantized_weights"),
     "Optim.": ("master_weights", "exp_avg", "exp_avg_sq", "other_state"),
     "Grads": ("gradients", "buckets"),
     "Activ.": ("activations", "logits"),
@@ -40,6 +40,7 @@ def fit_content(fit: Fit) -> dict[str, Any]:
             "global_batch": request.global_batch,
             "precision": request.precision,
             "attention": request.attention,
+            "on_freeze": request.on_freeze,
         },
         "fits": proposal is not None,
         "proposal": _proposal_content(proposal) if proposal else None,

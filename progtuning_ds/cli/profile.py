@@ -16,9 +16,9 @@ from rich.table import Table
 
 from progtuning_ds.config import load_run_config
 from progtuning_ds.errors import ConfigError
-from progtuning_ds.memory import format_bytes
+from progtuning_ds.memory import STATES, format_bytes
 
-_STATES = ("weights", "master_weights", "exp_avg", "exp_avg_sq", "other_state", "gradients")
+_WEIGHTS = ("weights", "quantized_weights")
 
 
 def profile(
@@ -116,5 +116,6 @@ def print_profile(found: Any) -> None:
 
 
 def _cells(held: dict[str, int], peak: int) -> tuple[str, str, str]:
-    optimizer = sum(held.get(name, 0) for name in _STATES[1:5])
-    return format_bytes(held.get("weights", 0)), format_bytes(optimizer), format_bytes(peak)
+    weights = sum(held.get(name, 0) for name in _WEIGHTS)
+    optimizer = sum(held.get(name, 0) for name in STATES if name not in _WEIGHTS)
+    return format_bytes(weights), format_bytes(optimizer), format_bytes(peak)

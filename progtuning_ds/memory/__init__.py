@@ -7,7 +7,7 @@ from progtuning_ds.memory.activations import Kept, TokenCosts, token_costs
 from progtuning_ds.memory.architecture import ATTENTIONS, Architecture
 from progtuning_ds.memory.choices import Choice, choices, divisors, fewest_waiting, leaving_parts, setup_of
 from progtuning_ds.memory.costs import CostModel
-from progtuning_ds.memory.footprint import CATEGORIES, MOMENTS, Footprint
+from progtuning_ds.memory.footprint import CATEGORIES, MOMENTS, STATES, Footprint
 from progtuning_ds.memory.from_deepspeed import deepspeed_zero, setup_from_deepspeed
 from progtuning_ds.memory.parameters import Group, Param, ParamTable
 from progtuning_ds.memory.remedies import Remedy, least_memory, remedies
@@ -23,6 +23,7 @@ __all__ = [
     "CATEGORIES",
     "KERNELS",
     "MOMENTS",
+    "STATES",
     "Architecture",
     "Batch",
     "Budget",

@@ -67,6 +67,7 @@ def setup_of(choice: Choice, load: Workload, request: Request) -> EngineSetup:
         offload_param=choice.offload_param,
         kernel=choice.kernel,
         frozen_bits=request.frozen_bits,
+        on_freeze=request.on_freeze,
         overlap_comm=choice.zero_stage in (1, 2),
     )
     if choice.zero_stage == 0:

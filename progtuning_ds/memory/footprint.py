@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+STATES = ("weights", "quantized_weights", "master_weights", "exp_avg", "exp_avg_sq", "other_state")
+"""What ``StageEngine.memory()`` reports beside gradients; ``quantized_weights`` are those of ``on_freeze``."""
 CATEGORIES = (
-    "weights",
-    "master_weights",
-    "exp_avg",
-    "exp_avg_sq",
-    "other_state",
+    *STATES,
     "gradients",
     "buckets",
     "gathered",
@@ -18,8 +16,8 @@ CATEGORIES = (
     "logits",
     "step",
 )
-"""In the order in which a plot stacks them. ``gathered`` are ZeRO-3 weights while they are whole, ``logits`` includes
-the loss, ``step`` is what the optimizer step needs for a moment."""
+"""In the order in which a plot stacks them. ``gathered`` are ZeRO-3 weights while they are whole, and a quantized
+one while its layer computes; ``logits`` includes the loss, ``step`` is what the optimizer step needs for a moment."""
 MOMENTS = ("forward", "backward", "step")
 """``forward`` is its end, where activations are most; ``backward`` its end, where gradients are most."""
 

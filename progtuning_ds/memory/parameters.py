@@ -21,6 +21,7 @@ class Param:
         component: ``"embeddings"``, the index of a block, or ``"head"``.
         decays: has weight decay, so belongs to another group than one that has none.
         frozen: never trains, such as the base weights under LoRA.
+        matrix: (outputs, inputs) of a linear layer's weight that can be quantized once its block has frozen.
     """
 
     name: str
@@ -28,17 +29,23 @@ class Param:
     component: str | int
     decays: bool = True
     frozen: bool = False
+    matrix: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Group:
     """Parameters of one optimizer group: those that leave after the same stage and share their weight decay."""
 
     last_stage: int
     decays: bool
-    numels: tuple[int, ...]
+    params: tuple[Param, ...]
 
-    @property
+    @cached_property
+    def numels(self) -> tuple[int, ...]:
+        """Elements of each parameter."""
+        return tuple(param.numel for param in self.params)
+
+    @cached_property
     def numel(self) -> int:
         """Elements, without padding."""
         return sum(self.numels)
@@ -60,6 +67,11 @@ class ParamTable:
     def numel(self) -> int:
         """Elements of the whole model."""
         return sum(param.numel for param in self.params)
+
+    @cached_property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """(outputs, inputs) of all weights that can be quantized once their block has frozen."""
+        return tuple(param.matrix for param in self.params if param.matrix is not None)
 
     def with_adapters(self, shape: Architecture, rank: int) -> ParamTable:
         """Return the table with everything frozen and LoRA adapters on every linear layer of the blocks.
@@ -95,9 +107,9 @@ class ParamTable:
         last_stage: dict[str, int] = {}
         for later in plan.stages[first:] if plan.is_shrinking else plan.stages[stage : stage + 1]:
             last_stage.update(dict.fromkeys((p.name for p in self.trains(later, plan.always_train)), later.index))
-        members: dict[tuple[int, bool], list[int]] = {}
+        members: dict[tuple[int, bool], list[Param]] = {}
         for param in self.trains(plan.stages[first], plan.always_train):
-            members.setdefault((last_stage[param.name], param.decays), []).append(param.numel)
+            members.setdefault((last_stage[param.name], param.decays), []).append(param)
         return tuple(
             Group(leaves, decays, tuple(members[leaves, decays]))
             for leaves, decays in sorted(members, reverse=True)

@@ -43,7 +43,7 @@ def remedies(load: Workload, request: Request) -> Iterator[Remedy]:
         if load.shape is None:
             break
         adapted = Workload(load.params.with_adapters(load.shape, rank=16), load.shape, load.plan)
-        found = search(adapted, replace(request, frozen_bits=bits)).proposal
+        found = search(adapted, replace(request, frozen_bits=bits, on_freeze="keep")).proposal
         if found:
             yield Remedy(f"{name}: {found.choice}", found)
             break

@@ -50,6 +50,7 @@ class Request:
     device: str = "cuda"
     kernels: tuple[str, ...] = ("deepspeed",)
     frozen_bits: int = 16
+    on_freeze: str = "keep"
     costs: CostModel = field(default_factory=CostModel)
 
     def __post_init__(self) -> None:

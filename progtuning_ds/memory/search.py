@@ -100,6 +100,7 @@ def search(load: Workload, request: Request) -> Outcome:
         (
             (_least_cost(choice, load, request), index, choice)
             for index, choice in enumerate(choices(request.kernels, shrinking=load.plan.is_shrinking))
+            if load.why_not_quantized(setup_of(choice, load, request)) is None
         )
     )
     best: Proposal | None = None

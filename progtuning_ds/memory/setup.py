@@ -8,6 +8,7 @@ from progtuning_ds.errors import ConfigError, require_choice
 from progtuning_ds.memory.activations import DEVICES
 from progtuning_ds.memory.architecture import ATTENTIONS
 from progtuning_ds.memory.state import Flavour
+from progtuning_ds.on_freeze import KINDS
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 KERNELS = ("deepspeed", "fused")
@@ -35,6 +36,7 @@ class EngineSetup:
         sub_group: ZeRO-3 elements that are updated together.
         host_parts: groups that leave after one of these stages keep their moments in host memory between steps; the
             rest of their state stays on the device.
+        on_freeze: ``keep``, or ``int8`` or ``nf4`` for linear layers of blocks that have frozen for good.
     """
 
     zero_stage: int
@@ -53,11 +55,13 @@ class EngineSetup:
     max_live: int = 1_000_000_000
     sub_group: int = 1_000_000_000
     host_parts: tuple[int, ...] = ()
+    on_freeze: str = "keep"
 
     def __post_init__(self) -> None:
         require_choice("precision", self.precision, PRECISIONS)
         require_choice("kernel", self.kernel, KERNELS)
         require_choice("state_bits", str(self.state_bits), ("32", "8"))
+        require_choice("on_freeze", self.on_freeze, KINDS)
         require_choice("frozen_bits", str(self.frozen_bits), ("16", "8", "4"))
         if self.offload_param and self.zero_stage != 3:
             raise ConfigError(f"offload_param is for zero_stage 3, got zero_stage {self.zero_stage}")

@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from progtuning_ds.layout import padded_numel, shard_numel
 from progtuning_ds.memory.activations import TokenCosts, token_costs
 from progtuning_ds.memory.architecture import Architecture
-from progtuning_ds.memory.footprint import CATEGORIES, Footprint
-from progtuning_ds.memory.parameters import Group, ParamTable
+from progtuning_ds.memory.footprint import STATES, Footprint
+from progtuning_ds.memory.parameters import Group, Param, ParamTable
 from progtuning_ds.memory.passing import (
     bucket_bytes,
     gathers,
@@ -27,10 +26,12 @@ from progtuning_ds.memory.passing import (
 )
 from progtuning_ds.memory.setup import Batch, EngineSetup
 from progtuning_ds.memory.state import FP32_BYTES, owned_numel
+from progtuning_ds.memory.weights import dense_while_computing, held_weights, persistent_numel, quantized_params
+from progtuning_ds.on_freeze import why_not
 from progtuning_ds.schedule import Stage, StagePlan
 
 _T = TypeVar("_T")
-_QUANTILE_BLOCK, _BASE_BLOCK = 256, 64
+_QUANTILE_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -71,23 +72,43 @@ class Workload:
     def footprint(self, setup: EngineSetup, batch: Batch, stage: int) -> Footprint:
         """Footprint of one stage."""
         groups = self.groups(stage)
-        device, host = self._once((setup, stage), lambda: self._states(setup, groups))
+        device, host = self._once((setup, stage), lambda: self._states(setup, stage))
         return self._with_moments(setup, batch, stage, groups, dict(device), dict(host))
 
     def model_states(self, setup: EngineSetup, stage: int) -> dict[str, int]:
         """Bytes by category that ``StageEngine.memory()`` reports in a stage, device and host together."""
-        device, host = self._states(setup, self.groups(stage))
-        return {name: device.get(name, 0) + host.get(name, 0) for name in CATEGORIES[:5]}
+        device, host = self._states(setup, stage)
+        return {name: device.get(name, 0) + host.get(name, 0) for name in STATES}
+
+    def why_not_quantized(self, setup: EngineSetup) -> str | None:
+        """Say in words why ``on_freeze`` of this engine cannot be had, or None."""
+        if setup.on_freeze == "keep":
+            return None
+        return why_not(
+            setup.on_freeze,
+            self.plan,
+            self.params.matrices,
+            element=setup.element,
+            sharing_ranks=setup.world_size if setup.zero_stage == 3 else 1,
+            offloads_parameters=setup.offload_param,
+        )
 
     # ---- what stays --------------------------------------------------------------------------------------------
 
-    def _states(self, setup: EngineSetup, groups: Sequence[Group]) -> tuple[dict[str, int], dict[str, int]]:
+    def quantized(self, setup: EngineSetup, stage: int) -> tuple[Param, ...]:
+        """Weights that lie quantized in a stage (``on_freeze``)."""
+        return self._once(
+            ("quantized", setup.on_freeze, stage), lambda: quantized_params(self.params, self.plan, setup, stage)
+        )
+
+    def _states(self, setup: EngineSetup, stage: int) -> tuple[dict[str, int], dict[str, int]]:
+        groups, quantized = self.groups(stage), self.quantized(setup, stage)
         owned = owned_numel([group.numels for group in groups], setup.flavour)
         state = self._optimizer_state(setup, owned)
-        device = {"weights": self._weights(setup)}
+        device = held_weights(self.params, self.groups(0), setup, quantized)
         host: dict[str, int] = {}
         if setup.offload_param:
-            persistent = self._persistent(setup) * setup.element
+            persistent = persistent_numel(self.params, setup) * setup.element
             host["weights"], device["weights"] = device["weights"] - persistent, persistent
         (host if setup.offload_optimizer else device).update(state)
         waiting = [group for group in groups if group.last_stage in setup.host_parts]
@@ -109,41 +130,6 @@ class Workload:
             "exp_avg_sq": moment,
             "other_state": scales,
         }
-
-    def _weights(self, setup: EngineSetup) -> int:
-        """Storage under the weights: shards and persistent parameters in ZeRO-3, else flat buffers of stage 0."""
-        frozen = [p.numel for p in self.params.params if p.frozen]
-        base = self._frozen_bytes(setup, frozen)
-        trainable = [p.numel for p in self.params.params if not p.frozen]
-        if setup.zero_stage == 3:
-            shards = sum(shard_numel(numel, setup.world_size) for numel in trainable)
-            return setup.element * (shards + self._persistent(setup)) + base
-        initial = self.groups(0)
-        grouped = sum(group.numel for group in initial)
-        padded = sum(self._padded(setup, group.numel) for group in initial)
-        return setup.element * (padded + sum(trainable) - grouped) + base
-
-    @staticmethod
-    def _padded(setup: EngineSetup, numel: int) -> int:
-        """Elements of a group's flat buffer; stage 0 pads nothing."""
-        return numel if setup.zero_stage == 0 else padded_numel(numel, setup.world_size)
-
-    @staticmethod
-    def _frozen_bytes(setup: EngineSetup, numels: Sequence[int]) -> int:
-        shared = setup.world_size if setup.zero_stage == 3 else 1
-        if setup.frozen_bits == 16:
-            return setup.element * sum(shard_numel(numel, shared) for numel in numels)
-        return sum(
-            -(-shard_numel(numel, shared) * setup.frozen_bits // 8) + FP32_BYTES * -(-numel // (_BASE_BLOCK * shared))
-            for numel in numels
-        )
-
-    def _persistent(self, setup: EngineSetup) -> int:
-        """Elements of what ZeRO-3 keeps whole on every rank, as gathered (``mark_persistent_parameters``)."""
-        if not gathers(setup):
-            return 0
-        small = (p.numel for p in self.params.params if p.numel <= setup.persistence_threshold)
-        return sum(shard_numel(numel, setup.world_size) * setup.world_size for numel in small)
 
     # ---- what comes and goes -----------------------------------------------------------------------------------
 
@@ -190,6 +176,8 @@ class Workload:
         if setup.zero_stage == 3:
             forward["gathered"] = backward["gathered"] = gathered
             forward["buckets"] = buckets
+        if self._backward_reaches_embeddings(stage) and self.quantized(setup, stage):
+            backward["gathered"] = gathered + dense_while_computing(setup, self.quantized(setup, stage))
         moments = {"forward": forward, "backward": backward, "step": step}
         return Footprint(stage, device, moments, host)
 

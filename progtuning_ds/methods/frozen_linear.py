@@ -198,7 +198,7 @@ def _matrix(layer: FrozenLinear) -> torch.Tensor:
     """The weight [outputs, inputs]: in its own dtype (nf4), or in fp32 (int8)."""
     codes = layer.weight.data
     if layer.origin.kind == "int8":
-        return codes.float() * layer.scales
+        return codes * layer.scales  # in fp32, and no copy of the codes in it
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(codes.view(-1, 1), layer.scales).view(layer.out_features, layer.in_features)

@@ -25,7 +25,6 @@ from progtuning_ds.config import (
 )
 from progtuning_ds.memory import Architecture, ParamTable, Workload
 from progtuning_ds.methods import blocks_path
-from progtuning_ds.methods.frozen_linear import freezable
 from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
 from progtuning_ds.tasks import Task, build_task
@@ -146,7 +145,7 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
     check_on_freeze(
         config,
         plan,
-        freezable(empty, blocks).values(),
+        job.params.matrices,
         element=models.DTYPES[settings.precision].itemsize,
         sharing_ranks=settings.world_size if job.zero_stage == 3 else 1,
         offloads_parameters=bool(job.deepspeed.get("zero_optimization", {}).get("offload_param")),

@@ -122,7 +122,7 @@ def plan_memory(job: Job, device: str, held: int) -> MemoryPlan:
         kernel="deepspeed" if job.config.optimizer.kernel == "deepspeed" else "fused",
     )
     count = len(job.plan.stages)
-    first = replace(first, host_parts=_host_parts(job, load))
+    first = replace(first, host_parts=_host_parts(job, load), on_freeze=job.config.schedule.on_freeze)
     sizes = _given_sizes(job, count)
     batches = [_batch(job, device, size) for size in sizes]
     setups = [first] * count

@@ -14,6 +14,7 @@ COLOURS = dict(
         CATEGORIES,
         (
             "#332288",
+            "#7F78C4",
             "#88CCEE",
             "#44AA99",
             "#117733",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from progtuning_ds.config import load_run_config
-from progtuning_ds.memory import format_bytes
+from progtuning_ds.memory import STATES, format_bytes
 from progtuning_ds.train.memory_plot import stack_bars
 from progtuning_ds.train.records import (
     EvaluationRecord,
@@ -28,7 +28,7 @@ from progtuning_ds.train.run_dir import CONFIG
 
 PAGE, PICTURES = "report.html", "report"
 _BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#E69F00", "#009E73", "#999999"
-_STATES = ("weights", "master_weights", "exp_avg", "exp_avg_sq", "other_state", "gradients")
+_STATES = (*STATES, "gradients")
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ class Compression:
         ) or self._cut_group(blocks)
         if reason:
             raise ValueError(f"on_freeze must be keep here, got {kind!r}: {reason}")
+        if isinstance(adapter, Stage3Adapter):
+            adapter.separate_groups()
 
     @property
     def blocks(self) -> tuple[int, ...]:

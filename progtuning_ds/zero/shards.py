@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 
 from progtuning_ds.transfer import drain
 from progtuning_ds.zero.adapter import Parameter
+
+if TYPE_CHECKING:
+    from progtuning_ds.zero.stage3 import SubGroup
 
 
 def owns_storage(param: Parameter) -> bool:
@@ -35,6 +41,31 @@ def view_of(params: list[Parameter]) -> torch.Tensor:
     first = params[0].ds_tensor
     numel = sum(p.partition_numel() for p in params)
     return torch.as_strided(first.detach(), (numel,), (1,), first.storage_offset())
+
+
+def separate(subs: Sequence[SubGroup], whole: torch.Tensor | None) -> None:
+    """Give every sub-group a storage of its own, through host memory; its tensors stay the objects that they are.
+
+    Args:
+        subs: all sub-groups.
+        whole: the one buffer that DeepSpeed made for all of them (``stage3.py``, ``lp_param_buffer``); left empty.
+    """
+    staged = [sub.weights.detach().to("cpu", copy=True) for sub in subs]
+    views = [
+        [sub.weights, *([sub.master] if sub.aliased else []), *(param.ds_tensor for param in sub.params)]
+        for sub in subs
+    ]
+    device = subs[0].weights.device if subs else None
+    for view in [*([] if whole is None else [whole]), *(view for own in views for view in own)]:
+        view.data = torch.empty(0, dtype=view.dtype, device=view.device)
+    for sub, own, values in zip(subs, views, staged, strict=True):
+        flat = values.to(device)
+        offset = 0
+        for view in own[: -len(sub.params)]:
+            view.data = flat
+        for param in sub.params:
+            param.ds_tensor.data = flat.narrow(0, offset, param.partition_numel())
+            offset += param.partition_numel()
 
 
 def gathered(params: list[Parameter]) -> torch.Tensor:

@@ -21,7 +21,7 @@ from progtuning_ds.transfer import split_buffer
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients
 from progtuning_ds.zero.cut_state import cut_state
 from progtuning_ds.zero.moving_weights import follow_frozen_weights
-from progtuning_ds.zero.shards import adjacent_runs, gathered, owns_storage, view_of
+from progtuning_ds.zero.shards import adjacent_runs, gathered, owns_storage, separate, view_of
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 _RELEASE_CACHE = "_PartitionedParameterCoordinator__params_to_release"
@@ -143,6 +143,10 @@ class Stage3Adapter(Adapter):
         old.convert_to_zero_parameters(param_list=[new])
         persistent = self.wrapper.persistent_parameters  # gathered after every step; a list that others share
         persistent[:] = [param for param in persistent if param is not old]
+
+    def separate_groups(self) -> None:
+        """Let the weights of one group go without those of another, with which they share DeepSpeed's one buffer."""
+        separate(self.read_subgroups(), getattr(self.wrapper, "lp_param_buffer", None))
 
     def exchange(self, new: Mapping[str, Parameter]) -> None:
         super().exchange(new)

@@ -70,6 +70,23 @@ def test_a_proposal_fits_and_its_files_say_the_same(
     assert setup_from_deepspeed(written, 4).zero_stage == proposal["zero_stage"]
 
 
+def test_quantized_frozen_blocks_leave_later_stages_more_and_reach_the_run_file(
+    llama: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--model", llama, *SMALL, "--output")
+    _, kept = fit(capsys, *asked, str(tmp_path / "kept"))
+    code, report = fit(capsys, *asked, str(tmp_path / "out"), "--on-freeze", "nf4")
+    assert code == 0
+    weights = [stage["device_bytes"]["weights"] for stage in report["proposal"]["stages"]]
+    quantized = [stage["device_bytes"].get("quantized_weights", 0) for stage in report["proposal"]["stages"]]
+    assert weights[0] == kept["proposal"]["stages"][0]["device_bytes"]["weights"]
+    assert weights == sorted(set(weights), reverse=True)
+    assert 0 == quantized[0] < quantized[1] < quantized[2]
+    for gone, held in zip(weights[1:], quantized[1:], strict=True):
+        assert 0.25 < held / (weights[0] - gone) < 0.27, "of 16 bits a weight 4, and 1/64 byte of scales"
+    assert load_run_config(tmp_path / "out" / "run.yaml").schedule.on_freeze == "nf4"
+
+
 def test_what_deepspeed_gets_is_the_engine_that_was_counted(llama: str, tmp_path: Path) -> None:
     from progtuning_ds.cli.fit import Fit
     from progtuning_ds.cli.fit_files import write_fit
@@ -160,6 +177,11 @@ WRONG = [
     ("--gpus 4 --memory 24GB --seq-len 4096", "seq_len must be at most the 2048 positions of the model, got 4096"),
     ("--gpus 4 --memory 24GB --attention flesh", "did you mean 'flash'?"),
     ("--gpus 4 --memory 24GB --kernel fuse", "did you mean 'fused'?"),
+    ("--gpus 4 --memory 24GB --on-freeze nf5", "did you mean 'nf4'?"),
+    (
+        "--gpus 4 --memory 24GB --on-freeze nf4 --stages 1",
+        "on_freeze must be keep here, got 'nf4': no block of the plan",
+    ),
     ("--gpus 4 --memory 24GB --epochs 2.5 --output x", "epochs must be a whole number"),
 ]
 

@@ -178,18 +178,20 @@ def test_the_memory_of_the_weights_is_released_by_the_formula(runs: Runs, name: 
     element = 2 if ALL[name].mixed else 4
     sharing = WORLD if ALL[name].stage == 3 else 1
     for run in runs(flavour=name, kind="bert", mode="planned", on_freeze="nf4"):
-        before = 0
+        before, left = 0, set[str]()
         shapes = {n: p.shape for n, p in problem.build_model("bert").named_parameters()}
         for (released, held), freed, names in zip(run["transitions"], run["freed"], run["quantized"], strict=True):
             dense, stored = (
                 sum(weight_bytes(kind, *shapes[n], element=element, ranks=sharing) for n in names)
                 for kind in ("keep", "nf4")
             )
-            tables = 4 * 256 + 4 * 16 + 4 * len(names)  # one of each for all layers; the mean of scales per layer
+            tables = 4 * 256 + 4 * 16  # one of each for all layers
             assert held["quantized_weights"] == stored + tables
             assert released["quantized_weights"] == before - held["quantized_weights"]
             assert sum(released.values()) == pytest.approx(freed, abs=4096), "as seen from outside"
-            before = held["quantized_weights"]
+            newly = sum(shapes[n].numel() * element // sharing for n in set(names) - left)
+            assert newly <= released["weights"] < newly + 64, "and at most what a flat buffer was padded with"
+            before, left = held["quantized_weights"], set(names)
             assert dense > 2 * stored
         assert len(run["transitions"]) == 2
         assert {n.split(".")[3] for n in run["quantized"][0]} == {"0", "1"}

@@ -10,10 +10,12 @@ from tests.engine.problem import shrinking
 from tests.engine.ranks_train import build_staged, optimizer_step
 
 
-def held_by_stage(flavour: str, kind: str = "bert", embeddings: str = "always") -> list[dict[str, int]]:
+def held_by_stage(
+    flavour: str, kind: str = "bert", embeddings: str = "always", on_freeze: str = "keep"
+) -> list[dict[str, int]]:
     """``StageEngine.memory()`` after a step of every stage."""
     phases = shrinking(steps=1, embeddings=embeddings)
-    engine, stages = build_staged(ALL[flavour], phases, "plan", kind)
+    engine, stages = build_staged(ALL[flavour], phases, "plan", kind, {"on_freeze": on_freeze})
     held = []
     for step in range(len(phases)):
         stages.advance(step)

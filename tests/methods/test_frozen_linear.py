@@ -82,7 +82,7 @@ def test_what_is_tied_used_elsewhere_wanted_in_fp32_or_of_a_methods_base_is_left
 def test_bytes_are_those_of_the_tensors_and_the_closed_form() -> None:
     with torch.device("cpu"):
         layer = torch.nn.Linear(768, 3072)
-    for kind, expected in (("nf4", 768 * 3072 // 2 + 36864 + 4 * 144), ("int8", 768 * 3072 + 4 * 3072)):
+    for kind, expected in (("nf4", 768 * 3072 // 2 + 36864 + 4 * 144 + 4), ("int8", 768 * 3072 + 4 * 3072)):
         assert weight_bytes(kind, 3072, 768, element=4) == expected
         assert weight_bytes("keep", 3072, 768, element=2) == 2 * 768 * 3072
     layer.weight = quantize(layer, layer.weight.data, "nf4")
