@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
+from progtuning_ds.checkpoint import CheckpointStore, manifest
+from progtuning_ds.checkpoint.manifest import MANIFEST, read_manifest, write_json, write_manifest
 from tests.checkpoint.run import STEPS, TOTAL, Trained, resume_and_finish, train_through
 from tests.ranks import RankPools
 
@@ -61,6 +66,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(ranks: RankPools, tmp_path: Path
 def test_a_resumed_run_with_offload_is_the_uninterrupted_one(ranks: RankPools, tmp_path: Path) -> None:
     """From one checkpoint only: an engine with DeepSpeed's CPU Adam takes seconds to build."""
     check(ranks, tmp_path, "zero2-offload-fp32", "shrinking", (STEPS,))
+
+
+def test_a_checkpoint_of_the_first_format_goes_on(ranks: RankPools, tmp_path: Path) -> None:
+    """It had no files of settled weights, and was otherwise what a checkpoint before the first boundary is now."""
+    through = ranks(2).run(train_through, flavour="zero2-bf16", plan="shrinking", folder=str(tmp_path))
+    folder = CheckpointStore(tmp_path).path(1)
+    seals = dict(read_manifest(folder).files)
+    for rank in folder.glob("rank-*.json"):
+        described = json.loads(rank.read_text())
+        assert described.pop("settled") == {}
+        seals[rank.name] = write_json(rank, described)
+    with mock.patch.object(manifest, "FORMAT", 1):
+        write_manifest(folder, replace(read_manifest(folder), files=seals))
+    assert '"format":1' in (folder / MANIFEST).read_text()
+    resumed = ranks(2).run(resume_and_finish, flavour="zero2-bf16", plan="shrinking", folder=str(tmp_path), steps=[1])
+    for of_rank, whole in zip(resumed, through, strict=True):
+        assert_same(of_rank[0], whole, 1)
 
 
 def check(ranks: RankPools, folder: Path, flavour: str, plan: str, at: tuple[int, ...]) -> None:
