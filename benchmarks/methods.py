@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 # Additions start from nothing and want larger steps than weights that are already good.
-LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "dora": 1e-3, "adapter": 1e-3, "bitfit": 1e-3, "ia3": 3e-3}
+LEARNING_RATES = {"full": 1e-4, "lora": 3e-3, "dora": 3e-3, "adapter": 1e-3, "bitfit": 3e-3, "ia3": 3e-3}
 
 
 def run(method: str, staged: bool, seed: int, folder: Path, extra: list[str]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def why_not(
     if returning is not None:
         return f"block {returning[0]} trains again in stage {returning[1]}, and what was quantized cannot"
     if not shapes:
-        return "the blocks have no linear layers"
+        return "the blocks have no layers of class nn.Linear (or GPT-2's Conv1D)"
     if offloads_parameters:
         return "it does not go with zero_optimization.offload_param; offload the optimizer alone"
     before, after = (_total(one, shapes, element, sharing_ranks) for one in ("keep", kind))
