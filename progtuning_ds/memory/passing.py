@@ -33,6 +33,14 @@ def step_gradients(setup: EngineSetup, owned: int, trained: int) -> tuple[int, i
     return 0, setup.element * trained
 
 
+def scattered(setup: EngineSetup, largest: int) -> int:
+    """What ZeRO-3 holds of the largest gradient: it is whole, and copied to be cut for all ranks.
+
+    The copy is ``reduce_scatter_coalesced``'s. Embeddings, where they train, come last in backward.
+    """
+    return 2 * setup.element * largest
+
+
 def bucket_bytes(setup: EngineSetup, largest: int) -> int:
     """Buffers in which gradients travel; ``largest`` is the size of the largest parameter."""
     if setup.zero_stage == 0:

@@ -19,6 +19,7 @@ from progtuning_ds.memory.passing import (
     bucket_bytes,
     gathers,
     lasting_gradients,
+    scattered,
     staging,
     step_copy,
     step_gradients,
@@ -174,10 +175,12 @@ class Workload:
             "step": copied,
         }
         if setup.zero_stage == 3:
-            forward["gathered"] = backward["gathered"] = gathered
+            backward["gradients"] += scattered(setup, largest)
+            forward["gathered"], backward["gathered"] = gathered, self._gathered(setup, reused=False)
             forward["buckets"] = buckets
-        if self._backward_reaches_embeddings(stage) and self.quantized(setup, stage):
-            backward["gathered"] = gathered + dense_while_computing(setup, self.quantized(setup, stage))
+        quantized = self.quantized(setup, stage)
+        if quantized and self._backward_reaches_embeddings(stage):
+            backward["gathered"] = backward.get("gathered", 0) + dense_while_computing(setup, quantized)
         moments = {"forward": forward, "backward": backward, "step": step}
         return Footprint(stage, device, moments, host)
 
@@ -231,11 +234,11 @@ class Workload:
             lambda: frozenset(p.component for p in self.params.trains(stage, self.plan.always_train)),
         )
 
-    def _gathered(self, setup: EngineSetup) -> int:
-        """Whole ZeRO-3 weights at once: what reuse keeps, at least the largest module and what is fetched ahead."""
+    def _gathered(self, setup: EngineSetup, *, reused: bool = True) -> int:
+        """Whole ZeRO-3 weights at once: the largest module, what is fetched ahead, and what backward will reuse."""
         if not gathers(setup):
             return 0
         limit = setup.persistence_threshold
         sharded = self._once(("sharded", limit), lambda: [p.numel for p in self.params.params if p.numel > limit])
         at_least = max(sharded, default=0) + setup.prefetch_bucket
-        return setup.element * min(sum(sharded), max(at_least, setup.max_live))
+        return setup.element * min(sum(sharded), max(at_least, setup.max_live if reused else 0))
