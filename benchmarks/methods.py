@@ -36,7 +36,7 @@ def run(method: str, staged: bool, seed: int, folder: Path, extra: list[str]) ->
     return demo_run(output, settings, extra)
 
 
-def row(method: str, staged: bool, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def row(method: str, staged: bool, runs: list[dict[str, Any]], extra: list[str]) -> dict[str, Any]:
     """Sum up the seeds of one setting."""
     main = runs[0]["summary"]["main_metric"]
     scores = [next(iter(r["summary"]["metrics"].values()))[main] for r in runs]
@@ -44,8 +44,11 @@ def row(method: str, staged: bool, runs: list[dict[str, Any]]) -> dict[str, Any]
     return {
         "method": method,
         "progtuning": staged,
+        "learning_rate": LEARNING_RATES.get(method, 1e-3),
+        "settings": extra,
         "seeds": len(runs),
         "metric": main,
+        "scores": scores,
         "mean": statistics.mean(scores),
         "deviation": statistics.stdev(scores) if len(scores) > 1 else 0.0,
         "updated_params": runs[0]["summary"]["updated_params"],
@@ -80,7 +83,7 @@ def main() -> None:
     for method in options.methods:
         for staged in (False, True):
             runs = [run(method, staged, seed, options.folder.resolve(), options.extra) for seed in options.seeds]
-            rows.append(row(method, staged, runs))
+            rows.append(row(method, staged, runs, options.extra))
             show(rows)
     if options.output:
         options.output.write_text(json.dumps(rows, indent=2) + "\n")
