@@ -13,7 +13,7 @@ from progtuning_ds.cli.fit import Fit
 from progtuning_ds.cli.plan import report_content
 from progtuning_ds.memory import CATEGORIES, Failure, Footprint, Proposal, format_bytes, least_memory
 
-_GROUPS = {
+GROUPS = {
     "Weights": ("weights", "quantized_weights"),
     "Optim.": ("master_weights", "exp_avg", "exp_avg_sq", "other_state"),
     "Grads": ("gradients", "buckets"),
@@ -72,12 +72,12 @@ def print_fit(fit: Fit) -> None:
 def _print_proposal(console: Console, fit: Fit, proposal: Proposal) -> None:
     console.print(f"[bold]Cheapest that fits every stage: {proposal.choice}[/bold]")
     table = _table("GiB per rank at the peak; rows are rows per pass x passes per step")
-    for column in ("Stage", "Rows", *_GROUPS, "Peak", "Free", "Host"):
+    for column in ("Stage", "Rows", *GROUPS, "Peak", "Free", "Host"):
         table.add_column(column, justify="left" if column == "Stage" else "right", no_wrap=True)
     count, digits = len(proposal.stages), 1 if fit.request.budget.device >= _LARGE else 2
     for index, stage in enumerate(proposal.stages):
         footprint = stage.footprint
-        held = [_sum(footprint, names) for names in _GROUPS.values()]
+        held = [_sum(footprint, names) for names in GROUPS.values()]
         held += [footprint.peak, fit.request.budget.usable - footprint.peak, footprint.host_total]
         cells = (f"{size / 2**30:.{digits}f}" if size else "-" for size in held)
         table.add_row(f"{index + 1}/{count}", f"{stage.micro_batch} x {stage.accumulation}", *cells)

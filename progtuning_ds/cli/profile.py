@@ -14,11 +14,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from progtuning_ds.cli.fit_show import GROUPS
 from progtuning_ds.config import load_run_config
 from progtuning_ds.errors import ConfigError
-from progtuning_ds.memory import STATES, format_bytes
-
-_WEIGHTS = ("weights", "quantized_weights")
+from progtuning_ds.memory import format_bytes
 
 
 def profile(
@@ -116,6 +115,5 @@ def print_profile(found: Any) -> None:
 
 
 def _cells(held: dict[str, int], peak: int) -> tuple[str, str, str]:
-    weights = sum(held.get(name, 0) for name in _WEIGHTS)
-    optimizer = sum(held.get(name, 0) for name in STATES if name not in _WEIGHTS)
+    weights, optimizer = (sum(held.get(name, 0) for name in GROUPS[column]) for column in ("Weights", "Optim."))
     return format_bytes(weights), format_bytes(optimizer), format_bytes(peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -30,6 +31,10 @@ class Param:
     decays: bool = True
     frozen: bool = False
     matrix: tuple[int, int] | None = None
+
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Whether its name fits one of several fnmatch patterns."""
+        return any(fnmatchcase(self.name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ class ParamTable:
         return tuple(
             param
             for param in self.params
-            if not param.frozen
-            and (param.component in wanted or any(fnmatchcase(param.name, pattern) for pattern in always_train))
+            if not param.frozen and (param.component in wanted or param.matches(always_train))
         )
 
     def groups(self, plan: StagePlan, stage: int = 0) -> tuple[Group, ...]:

@@ -7,7 +7,6 @@ engines.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from fnmatch import fnmatchcase
 
 from progtuning_ds.layout import padded_numel, shard_numel
 from progtuning_ds.memory.parameters import Group, Param, ParamTable
@@ -28,9 +27,7 @@ def quantized_params(params: ParamTable, plan: StagePlan, setup: EngineSetup, st
     return tuple(
         param
         for param in params.params
-        if param.matrix is not None
-        and param.component in frozen
-        and not any(fnmatchcase(param.name, pattern) for pattern in plan.always_train)
+        if param.matrix is not None and param.component in frozen and not param.matches(plan.always_train)
     )
 
 

@@ -23,7 +23,7 @@ from progtuning_ds.config import (
     settle,
     settle_warmup,
 )
-from progtuning_ds.memory import Architecture, ParamTable, Workload
+from progtuning_ds.memory import Architecture, ParamTable, Workload, setup_from_deepspeed
 from progtuning_ds.methods import blocks_path
 from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
@@ -142,14 +142,7 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         ),
         deepspeed_name=source.name,
     )
-    check_on_freeze(
-        config,
-        plan,
-        job.params.matrices,
-        element=models.DTYPES[settings.precision].itemsize,
-        sharing_ranks=settings.world_size if job.zero_stage == 3 else 1,
-        offloads_parameters=bool(job.deepspeed.get("zero_optimization", {}).get("offload_param")),
-    )
+    check_on_freeze(config, job.workload, setup_from_deepspeed(job.deepspeed, settings.world_size))
     return job
 
 

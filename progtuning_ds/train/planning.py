@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from dataclasses import replace
 
 from progtuning_ds.config import RunConfig, ScheduleConfig
 from progtuning_ds.errors import ConfigError
-from progtuning_ds.on_freeze import why_not
+from progtuning_ds.memory import EngineSetup, Workload
 from progtuning_ds.schedule import StagePlan, custom_plan, plan_stages
 
 
@@ -52,24 +52,13 @@ def _custom(schedule: ScheduleConfig, num_blocks: int, total: int) -> StagePlan:
     return plan
 
 
-def check_on_freeze(
-    config: RunConfig,
-    plan: StagePlan,
-    shapes: Collection[tuple[int, int]],
-    *,
-    element: int,
-    sharing_ranks: int,
-    offloads_parameters: bool,
-) -> None:
+def check_on_freeze(config: RunConfig, load: Workload, setup: EngineSetup) -> None:
     """Raise a ConfigError, one line, unless `schedule.on_freeze` and `export.frozen` fit the run.
 
     Args:
         config: the run configuration.
-        plan: its stages.
-        shapes: (outputs, inputs) of the linear layers in blocks.
-        element: bytes of a weight.
-        sharing_ranks: ranks that share each weight (ZeRO-3), else 1.
-        offloads_parameters: whether weights are in host memory (ZeRO-3).
+        load: its model and stages.
+        setup: its engine.
     """
     kind = config.schedule.on_freeze
     if kind == "keep":
@@ -84,13 +73,6 @@ def check_on_freeze(
             f"schedule.on_freeze must be keep with method.kind {config.method.kind}, got {kind!r}: nothing of the "
             f"base trains before it freezes; method.quantization quantizes it from the start"
         )
-    reason = why_not(
-        kind,
-        plan,
-        shapes,
-        element=element,
-        sharing_ranks=sharing_ranks,
-        offloads_parameters=offloads_parameters,
-    )
+    reason = load.why_not_quantized(replace(setup, on_freeze=kind))
     if reason:
         raise ConfigError(f"schedule.on_freeze must be keep here, got {kind!r}: {reason}")

@@ -51,21 +51,15 @@ def separate(subs: Sequence[SubGroup], whole: torch.Tensor | None) -> None:
         whole: the one buffer that DeepSpeed made for all of them (``stage3.py``, ``lp_param_buffer``); left empty.
     """
     staged = [sub.weights.detach().to("cpu", copy=True) for sub in subs]
-    views = [
-        [sub.weights, *([sub.master] if sub.aliased else []), *(param.ds_tensor for param in sub.params)]
-        for sub in subs
-    ]
-    device = subs[0].weights.device if subs else None
-    for view in [*([] if whole is None else [whole]), *(view for own in views for view in own)]:
+    flats = [[sub.weights, sub.master] if sub.aliased else [sub.weights] for sub in subs]
+    shards = [param.ds_tensor for sub in subs for param in sub.params]
+    for view in [*([] if whole is None else [whole]), *(flat for own in flats for flat in own), *shards]:
         view.data = torch.empty(0, dtype=view.dtype, device=view.device)
-    for sub, own, values in zip(subs, views, staged, strict=True):
-        flat = values.to(device)
-        offset = 0
-        for view in own[: -len(sub.params)]:
-            view.data = flat
-        for param in sub.params:
-            param.ds_tensor.data = flat.narrow(0, offset, param.partition_numel())
-            offset += param.partition_numel()
+    for sub, own, values in zip(subs, flats, staged, strict=True):
+        weights = values.to(sub.weights.device)
+        for flat in own:
+            flat.data = weights
+        _lay_out(sub.params, weights)
 
 
 def gathered(params: list[Parameter]) -> torch.Tensor:
@@ -79,9 +73,14 @@ def gathered(params: list[Parameter]) -> torch.Tensor:
         offset += shard.numel()
         shard.data = torch.empty(0, dtype=shard.dtype, device=shard.device)
     flat = staged.to(first.device)
+    _lay_out(params, flat)
+    return flat
+
+
+def _lay_out(params: Sequence[Parameter], flat: torch.Tensor) -> None:
+    """Make the shards of ``params`` views of ``flat``, end to end."""
     offset = 0
     for param in params:
         numel = param.partition_numel()
         param.ds_tensor.data = flat.narrow(0, offset, numel)
         offset += numel
-    return flat
