@@ -13,6 +13,7 @@ import typer
 from progtuning_ds import __version__
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.train.outcome import OutOfMemoryEndError
+from progtuning_ds.train.quiet import quiet_bitsandbytes
 
 app = typer.Typer(
     name="progtuning",
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words after the program name; those of the process when `None`.
     """
     code = 2
+    quiet_bitsandbytes()
     try:
         result = app(args=arguments if arguments is None else list(arguments), standalone_mode=False)
     except ConfigError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -46,7 +47,10 @@ def add_peft(model: PreTrainedModel, method: Method, *, blocks_path: str | None 
     if not (method.targets or _USUAL_TARGETS[method.kind == "ia3"].get(model.config.model_type)):
         method = replace(method, targets=_own_targets(model, method, blocks_path))
     try:
-        return get_peft_model(model, peft_config(model, method))
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a property by the name that it is about to lose.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            return get_peft_model(model, peft_config(model, method))
     except ValueError as error:
         message = " ".join(str(error).split())
         if not method.targets:

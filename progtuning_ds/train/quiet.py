@@ -13,6 +13,7 @@ def quiet_libraries(settings: LoggingConfig) -> None:
 
     DeepSpeed alone logs hundreds of lines otherwise, some of them while it is imported.
     """
+    quiet_bitsandbytes()
     level = getattr(logging, settings.deepspeed.upper())
     logging.disable(level - 1)
     import datasets
@@ -29,3 +30,11 @@ def quiet_libraries(settings: LoggingConfig) -> None:
     transformers.logging.disable_progress_bar()
     # DeepSpeed supports older versions of PyTorch than the one that wants another name.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def quiet_bitsandbytes() -> None:
+    """Drop its warning, on CPUs with AVX512-BF16, that a kernel of the hub is missing; call it before PEFT loads it.
+
+    That kernel has no backward and `keep_trainable` leaves it out.
+    """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

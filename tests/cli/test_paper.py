@@ -35,6 +35,16 @@ def test_full_fine_tuning_comes_out_exactly(rows: list[dict]) -> None:
             assert f"{count / 1e6:.{digits}f}M" == published
 
 
+def test_the_verdict_follows_from_the_figures(rows: list[dict]) -> None:
+    from progtuning_ds.cli import paper
+
+    assert [row["verdict"] for row in rows[:4]] == ["agrees"] * 4
+    reduction, left = (row["verdict"].partition(";")[0] for row in rows if "Adapter" in row["setting"])
+    assert (reduction, left) == ("differs", "agrees")
+    close = paper.PaperRow("", "", 328_451_334, 243_396_870, "328.5M", "243.3M", "")
+    assert paper._verdict(close) == "differs"
+
+
 def test_both_readings_of_the_adapter_row_are_printed(rows: list[dict]) -> None:
     reduction, left = (row for row in rows if "Adapter" in row["setting"])
     per_block = 2 * (2 * 768 * 48 + 48 + 768)
