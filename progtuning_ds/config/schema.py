@@ -79,7 +79,7 @@ class ScheduleConfig:
     """Which blocks train when. Stage 1 trains everything; each further stage freezes one more part of the blocks."""
 
     enabled: Flag = True
-    """`false` trains everything all the time: plain full fine-tuning."""
+    """`false` freezes nothing: plain full fine-tuning, or the method alone."""
     num_stages: Count | None = None
     """Number of stages; by default one per epoch."""
     embeddings: Literal["always", "first_stage", "never"] = "always"

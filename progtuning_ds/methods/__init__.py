@@ -13,7 +13,7 @@ from progtuning_ds.blocks import discover_blocks, set_trainable
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.methods.bottleneck import BottleneckConfig, add_bottlenecks, load_bottlenecks
 from progtuning_ds.methods.heads import head_modules
-from progtuning_ds.methods.quantized import keep_trainable, quantized_loading, unquantized_modules
+from progtuning_ds.methods.quantized import keep_trainable, misread_inputs, quantized_loading, unquantized_modules
 from progtuning_ds.methods.settings import KINDS, Method
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "blocks_path",
     "keep_trainable",
     "load_bottlenecks",
+    "misread_inputs",
     "quantized_loading",
     "unquantized_modules",
 ]

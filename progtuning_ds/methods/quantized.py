@@ -30,6 +30,28 @@ def keep_trainable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
+def misread_inputs(model: nn.Module) -> list[int]:
+    """Numbers of inputs whose 4-bit layers in ``model`` this processor reads wrongly; none on a GPU.
+
+    With AVX512, bitsandbytes 0.50 (``backends/cpu/ops.py``, ``dequantize_4bit``) gives blocks of 64 wrong scales where
+    they go beyond the end of a row: for inputs that are a multiple of 16 and none of 64. Tried here, not assumed.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers = (module for module in model.modules() if isinstance(module, Linear4bit))
+    widths = {layer.in_features for layer in layers if layer.weight.device.type == "cpu"}
+    return sorted(width for width in widths if _is_misread(width))
+
+
+def _is_misread(inputs: int) -> bool:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    block = 64  # as many rows make whole blocks, whatever the inputs
+    rows = torch.linspace(-1, 1, block * inputs).view(block, inputs)
+    wide, narrow = (dequantize_4bit(*quantize_4bit(rows.view(-1, n), quant_type="nf4")) for n in (inputs, block))
+    return not torch.equal(wide.view(-1), narrow.view(-1))
+
+
 def quantized_loading(method: Method | None, dtype: torch.dtype, skip: Sequence[str] = ()) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that quantize the base while it is read; none where it stays as it is.
 

@@ -60,7 +60,10 @@ class Job:
     @property
     def kind(self) -> str:
         """What to call the run in a table."""
-        return "progtuning" if self.config.schedule.enabled else "full fine-tuning"
+        method, staged = self.config.method.kind, self.config.schedule.enabled
+        if method == "full":
+            return "progtuning" if staged else "full fine-tuning"
+        return f"progtuning with {method}" if staged else f"{method} without freezing"
 
     @cached_property
     def workload(self) -> Workload:

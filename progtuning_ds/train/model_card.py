@@ -1,4 +1,4 @@
-"""The model card of an export: what it was made of, how, and how well it does. No torch, no deepspeed."""
+"""The model card of an export: what it was made of, how, and how well it does. No deepspeed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from progtuning_ds.train.job import Job
+from progtuning_ds.train.models import method_of
 from progtuning_ds.train.progress import ranges
 from progtuning_ds.train.records import RunRecord, SessionRecord, StageRecord
 
@@ -38,6 +39,7 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
     yield "Progtuning (arXiv 2506.21119) trains in stages: low blocks freeze early, high blocks train longest."
     yield ""
     yield f"- Base model: `{config.model.path}` ({job.shape.model_type}, {job.counts.total:,} parameters)"
+    yield from _method(job)
     yield f"- Data: {_data(job)}"
     for note in job.task.notes:
         yield f"  - {note}"
@@ -48,7 +50,7 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
     )
     yield f"- On {run.world_size} rank(s) ({run.device}), ZeRO stage {run.zero_stage}, {len(sessions) or 1} session(s)"
     yield (
-        f"- Updated parameters: {run.updated_params:,} instead of {run.updated_params_full:,} for full fine-tuning "
+        f"- Updated parameters: {run.updated_params:,} instead of {run.updated_params_full:,} without freezing "
         f"({run.saving:.1%} saved)"
     )
     if run.frozen_metrics:
@@ -78,13 +80,39 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
     yield from (f"- {name} {version}" for name, version in run.versions.items())
 
 
+def _method(job: Job) -> Iterator[str]:
+    """What trained where not everything did, and how to load what is here."""
+    method = job.config.method
+    if method.kind == "full":
+        return
+    shape = {
+        "adapter": f" ({method.placement}, reduction {method.reduction})",
+        "ia3": "",
+        "bitfit": " (biases)",
+        "layernorm": " (normalization layers)",
+    }.get(method.kind, f" (rank {method.rank}, alpha {method.alpha:g})")
+    base = "" if method.quantization == "none" else f", on the base in {method.quantization} (bitsandbytes)"
+    yield f"- Method: {method.kind}{shape}{base}"
+    if method_of(method).uses_peft:
+        yield "- Load: `peft.PeftModel.from_pretrained(base, folder)`, with the base model under this task's head"
+    elif method.kind == "adapter":
+        yield (
+            "- Load: `progtuning_ds.methods.load_bottlenecks(base, Path(folder))`, with the base model under this "
+            "task's head"
+        )
+
+
 def _scores(metrics: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _front_matter(job: Job) -> dict[str, object]:
     data = job.config.data
-    matter: dict[str, object] = {"library_name": "transformers", "tags": ["progtuning", "deepspeed"]}
+    method = job.config.method
+    matter: dict[str, object] = {
+        "library_name": "peft" if method_of(method).uses_peft else "transformers",
+        "tags": ["progtuning", "deepspeed", *([] if method.kind == "full" else [method.kind])],
+    }
     if not Path(job.config.model.path).exists():
         matter["base_model"] = job.config.model.path  # a local path would mean nothing to a hub
     if data.source and not Path(data.source).exists():

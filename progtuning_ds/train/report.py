@@ -263,7 +263,7 @@ def _summary(found: _Run) -> str:
     return (
         f"{found.about}Trained on {run.world_size} rank(s) ({run.device}) in {run.precision} with ZeRO stage "
         f"{run.zero_stage} in {run.seconds:.0f} seconds. It updated {run.updated_params:,} parameters, counted once "
-        f"per epoch, where full fine-tuning would have updated {run.updated_params_full:,}: {run.saving:.1%} saved. "
+        f"per epoch, instead of {run.updated_params_full:,} without freezing: {run.saving:.1%} saved. "
         f"Last scores: {scores}.{limit} Training goes in stages: at each boundary the lowest blocks that still trained "
         "freeze, and what their training took is released."
     )

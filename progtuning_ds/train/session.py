@@ -14,6 +14,7 @@ from progtuning_ds import __version__
 from progtuning_ds.checkpoint import Checkpoint
 from progtuning_ds.checkpoint.agreement import on_first
 from progtuning_ds.errors import ConfigError
+from progtuning_ds.methods import misread_inputs
 from progtuning_ds.train import run_dir
 from progtuning_ds.train.assembly import Built, build
 from progtuning_ds.train.export import save_final, save_merged
@@ -154,6 +155,7 @@ class Session:
     def _build(self, found: Checkpoint | None, rollbacks: int) -> tuple[Built, Position]:
         built = build(self.job, self.ranks)
         self._say(_who_steps(built.stages.kernel, self.job.config.optimizer.kernel))
+        self._warn_of_misread(built)
         position = Position() if found is None else self.keeper.load(built.stages, found)
         position.rollbacks = max(position.rollbacks, rollbacks)
         scale = self.job.config.guard.rollback_factor**position.rollbacks
@@ -161,6 +163,15 @@ class Session:
             scale_learning_rate(built.stages.adapter, scale / position.lr_scale)
             position.lr_scale = scale
         return built, position
+
+    def _warn_of_misread(self, built: Built) -> None:
+        inputs = misread_inputs(built.module) if self.job.config.method.quantization == "nf4" else []
+        if inputs:
+            which = ", ".join(map(str, inputs))
+            self._say(
+                f"warning: on this processor bitsandbytes reads NF4 weights with {which} inputs wrongly; "
+                f"train on a GPU or with method.quantization=int8"
+            )
 
     def _tell(
         self, observer: Observer, position: Position, found: Checkpoint | None, reason: str, message: str

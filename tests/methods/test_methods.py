@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from progtuning_ds import plan_stages
@@ -17,7 +19,7 @@ from progtuning_ds.blocks import component_counts, discover_blocks
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.methods import KINDS, Method, apply_method, blocks_path, load_bottlenecks
 from progtuning_ds.methods.bottleneck import bottleneck_state, save_bottlenecks
-from progtuning_ds.methods.quantized import keep_trainable, quantized_loading, unquantized_modules
+from progtuning_ds.methods.quantized import keep_trainable, misread_inputs, quantized_loading, unquantized_modules
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 50}
 IDS = torch.arange(1, 9).reshape(2, 4)
@@ -179,6 +181,22 @@ def test_a_block_path_of_the_bare_model_is_found_in_a_wrapped_one() -> None:
     path = blocks_path(model, "bert.encoder.layer")
     assert len(discover_blocks(model, path=path)) == 3
     assert blocks_path(bert(), "bert.encoder.layer") == "bert.encoder.layer"
+
+
+def test_widths_that_the_processor_misreads_are_found() -> None:
+    widths = (32, 64, 96, 100, 128, 144, 33)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(Linear4bit(width, 48, quant_type="nf4") for width in widths)).to("cpu")
+    wrong = set()
+    for width, layer in zip(widths, model, strict=True):
+        weight = torch.randn(48, width)
+        read = dequantize_4bit(*quantize_4bit(weight, quant_type="nf4"))
+        largest = torch.nn.functional.pad(weight.view(-1), (0, -weight.numel() % 64)).view(-1, 64).abs().amax(1)
+        limit = 0.16 * largest.repeat_interleave(64)[: weight.numel()].view_as(weight)  # the widest gap's half is 0.152
+        if ((read - weight).abs() > limit).any():
+            wrong.add(layer.in_features)
+    assert misread_inputs(model) == sorted(wrong)
+    assert misread_inputs(torch.nn.Linear(32, 32)) == []
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
