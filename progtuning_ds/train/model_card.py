@@ -38,7 +38,8 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
     yield ""
     yield "Progtuning (arXiv 2506.21119) trains in stages: low blocks freeze early, high blocks train longest."
     yield ""
-    yield f"- Base model: `{config.model.path}` ({job.shape.model_type}, {job.counts.total:,} parameters)"
+    added = " with what the method adds" if method_of(config.method).adds_parameters else ""
+    yield f"- Base model: `{config.model.path}` ({job.shape.model_type}, {job.params.numel:,} parameters{added})"
     yield from _method(job)
     yield f"- Data: {_data(job)}"
     for note in job.task.notes:
@@ -113,12 +114,17 @@ def _front_matter(job: Job) -> dict[str, object]:
         "library_name": "peft" if method_of(method).uses_peft else "transformers",
         "tags": ["progtuning", "deepspeed", *([] if method.kind == "full" else [method.kind])],
     }
-    if not Path(job.config.model.path).exists():
-        matter["base_model"] = job.config.model.path  # a local path would mean nothing to a hub
-    if data.source and not Path(data.source).exists():
+    if _on_hub(job.config.model.path):
+        matter["base_model"] = job.config.model.path
+    if data.source and _on_hub(data.source):
         matter["datasets"] = [data.source]
     matter["metrics"] = [job.task.main_metric]
     return matter
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a hub knows the name; a local path or the embedded default would mean nothing to it."""
+    return name != "demo" and not Path(name).exists()
 
 
 def _data(job: Job) -> str:

@@ -27,6 +27,7 @@ def draw_training(folder: Path, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     steps = read_records(folder, StepRecord)
     stages = read_records(folder, StageRecord)
@@ -49,7 +50,7 @@ def draw_training(folder: Path, path: Path) -> None:
             axes.axvline(stage.first_step, color="black", linestyle=":", linewidth=1)
     for stage in stages:
         middle = stage.first_step + stage.steps / 2
-        words = f"stage {stage.stage + 1}\n{stage.trainable_params / 1e6:.1f} M train"
+        words = f"stage {stage.stage + 1}\n{EngFormatter(places=1)(stage.trainable_params)} train"
         losses.annotate(words, (middle, 1.02), xycoords=("data", "axes fraction"), ha="center", fontsize=9)
     figure.suptitle(f"{run.kind}: {run.saving:.1%} of updated parameters saved")
     figure.savefig(path, dpi=120)

@@ -117,11 +117,14 @@ def _metric(axes: Any, found: _Run) -> None:
 
 
 def _updated(axes: Any, found: _Run) -> None:
+    from matplotlib.ticker import EngFormatter
+
     x = range(len(found.stages))
-    axes.bar(x, [stage.trainable_params / 1e6 for stage in found.stages], 0.6, color=_GREEN)
-    axes.axhline(found.stages[0].trainable_params / 1e6, color=_GREY, linestyle="--", label="as in stage 1")
+    axes.bar(x, [stage.trainable_params for stage in found.stages], 0.6, color=_GREEN)
+    axes.axhline(found.stages[0].trainable_params, color=_GREY, linestyle="--", label="as in stage 1")
     axes.set_xticks(list(x), [f"stage {stage.stage + 1}\n{stage.steps} steps" for stage in found.stages])
-    axes.set_ylabel("million parameters updated per step")
+    axes.set_ylabel("parameters updated per step")
+    axes.yaxis.set_major_formatter(EngFormatter())
     axes.legend(loc="best", fontsize=8)
 
 
