@@ -14,7 +14,7 @@ from progtuning_kernels import STATE_BLOCK
 from progtuning_ds.checkpoint.fragments import Fragments, codes_of
 from progtuning_ds.checkpoint.tensor_file import TensorReader
 from progtuning_ds.errors import CheckpointError, UnsupportedStateError
-from progtuning_ds.zero.cut_state import _SCALES, _TABLES, _block_again, _signed
+from progtuning_ds.zero.cut_state import BLOCK_SCALES, BLOCK_TABLES, block_again, is_signed
 from progtuning_ds.zero.held_state import HeldBuffer
 
 
@@ -37,9 +37,9 @@ def read_blockwise(
         CheckpointError: for state that is not in blocks this version knows.
     """
     held = source["opaque"]
-    codes = [key for key, scales in _SCALES.items() if key in held and scales in held]
-    tables = {key: reader.read(file, held[key]) for key in _TABLES.values() if key in held}
-    known = {*codes, *(_SCALES[key] for key in codes), *tables}
+    codes = [key for key, scales in BLOCK_SCALES.items() if key in held and scales in held]
+    tables = {key: reader.read(file, held[key]) for key in BLOCK_TABLES.values() if key in held}
+    known = {*codes, *(BLOCK_SCALES[key] for key in codes), *tables}
     if set(held) != known:
         raise CheckpointError(f"optimizer state {min(set(held) - known)!r} is in no blocks that are known")
     state: dict[str, torch.Tensor] = dict(tables)
@@ -51,16 +51,16 @@ def read_blockwise(
                 at = slice(span.offset + piece.at, span.offset + piece.at + piece.stop - piece.start)
                 values[at] = _codes(reader, piece.file, piece.tensor, piece.start, piece.stop)
                 first, last = piece.start // STATE_BLOCK, -(-piece.stop // STATE_BLOCK)
-                name = piece.tensor.removesuffix(key) + _SCALES[key]
+                name = piece.tensor.removesuffix(key) + BLOCK_SCALES[key]
                 scales = reader.read(piece.file, name, first, last).repeat_interleave(STATE_BLOCK)
                 spread[at] = scales[piece.start - first * STATE_BLOCK :][: piece.stop - piece.start]
         try:
-            signed = _signed(key, tables)
+            signed = is_signed(key, tables)
         except UnsupportedStateError as error:
             raise CheckpointError(
                 f"optimizer state {key!r} is in a quantization map this version does not know"
             ) from error
-        state[_SCALES[key]] = _block_again(values, spread, signed)
+        state[BLOCK_SCALES[key]] = block_again(values, spread, signed)
         state[key] = values.view(buffer.master.shape)
     return state
 

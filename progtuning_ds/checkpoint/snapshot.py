@@ -14,6 +14,7 @@ from progtuning_ds.checkpoint.rng import rng_tensors, rng_values
 from progtuning_ds.engine import StageEngine
 from progtuning_ds.methods.frozen_linear import frozen_layers, scales_of
 from progtuning_ds.zero.adapter import Adapter
+from progtuning_ds.zero.cut_state import BLOCK_SCALES, blockwise_keys
 from progtuning_ds.zero.held_state import HeldBuffer, held_buffers, replicas, weight_shares
 from progtuning_ds.zero.hyper_state import plain_state
 
@@ -123,8 +124,14 @@ def _buffer(adapter: Adapter, index: int, buffer: HeldBuffer, tensors: dict[str,
     """
     master, state = buffer.master, adapter.torch_optimizer.state.get(buffer.master, {})
     tensor_state = {key: value for key, value in state.items() if torch.is_tensor(value)}
-    big = {key: value for key, value in tensor_state.items() if value.numel() > 1 or value.shape == master.shape}
-    opaque = any(value.numel() != master.numel() for value in big.values())
+    codes = blockwise_keys(tensor_state)
+    scales = {BLOCK_SCALES[key] for key in codes}  # of a buffer of one block they are one element, like a step count
+    big = {
+        key: value
+        for key, value in tensor_state.items()
+        if value.numel() > 1 or value.shape == master.shape or key in scales
+    }
+    opaque = bool(codes) or any(value.numel() != master.numel() for value in big.values())
     named = {key: f"buffer{index}.{key}" for key in big}
     kinds = {} if opaque else dict(named)
     tensors |= {named[key]: value if opaque else _flat(value) for key, value in big.items()}

@@ -21,9 +21,9 @@ _BLOCKS_AT_ONCE = 4096
 Cut = Callable[[torch.Tensor], list[torch.Tensor]]
 """Takes a tensor laid out like the master apart as the master is taken apart; consumes it."""
 
-_SCALES = {"state1": "absmax1", "state2": "absmax2", "exp_avg": "absmax", "exp_avg_sq": "absmax_sq"}
+BLOCK_SCALES = {"state1": "absmax1", "state2": "absmax2", "exp_avg": "absmax", "exp_avg_sq": "absmax_sq"}
 """Key of the codes: key of their scales."""
-_TABLES = {"state1": "qmap1", "state2": "qmap2"}
+BLOCK_TABLES = {"state1": "qmap1", "state2": "qmap2"}
 """Key of the codes: key of what they stand for, where the state says it."""
 
 
@@ -34,8 +34,8 @@ def check_state(master: torch.Tensor, state: Mapping[str, Any]) -> None:
         UnsupportedStateError: for a state tensor that is neither laid out like ``master`` nor in known 8-bit blocks.
     """
     _split(master, state)
-    for key in _blockwise(state):
-        _signed(key, state)
+    for key in blockwise_keys(state):
+        is_signed(key, state)
 
 
 def cut_state(master: torch.Tensor, state: dict[str, Any], cut: Cut, parts: int) -> list[dict[str, Any]]:
@@ -50,9 +50,9 @@ def cut_state(master: torch.Tensor, state: dict[str, Any], cut: Cut, parts: int)
         return [{} for _ in range(parts)]
     moving, staying = _split(master, state)
     new = [{key: _own(value) for key, value in staying.items()} for _ in range(parts)]
-    blockwise = _blockwise(state)
-    signed = {key: _signed(key, state) for key in blockwise}
-    scales = {key: state[_SCALES[key]] for key in blockwise}
+    blockwise = blockwise_keys(state)
+    signed = {key: is_signed(key, state) for key in blockwise}
+    scales = {key: state[BLOCK_SCALES[key]] for key in blockwise}
     state.clear()
     for key in sorted(moving):  # every rank has the same kinds, and they move in step
         tensor = _unpaged(moving.pop(key), master)
@@ -63,15 +63,15 @@ def cut_state(master: torch.Tensor, state: dict[str, Any], cut: Cut, parts: int)
         spread = scales.pop(key).repeat_interleave(STATE_BLOCK)[: tensor.numel()]
         for part, codes, own in zip(new, cut(tensor), cut(spread), strict=True):
             part[key] = codes
-            part[_SCALES[key]] = _block_again(codes, own, signed[key])
+            part[BLOCK_SCALES[key]] = block_again(codes, own, signed[key])
     return new
 
 
 def _split(master: torch.Tensor, state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Sort state into tensors laid out like ``master`` (they move) and per-tensor values (they stay)."""
-    blockwise = _blockwise(state)
-    scales = {_SCALES[key] for key in blockwise}
-    tables = {_TABLES[key] for key in blockwise if key in _TABLES}
+    blockwise = blockwise_keys(state)
+    scales = {BLOCK_SCALES[key] for key in blockwise}
+    tables = {BLOCK_TABLES[key] for key in blockwise if key in BLOCK_TABLES}
     moving: dict[str, torch.Tensor] = {}
     staying: dict[str, Any] = {}
     for key, value in state.items():
@@ -89,17 +89,18 @@ def _split(master: torch.Tensor, state: Mapping[str, Any]) -> tuple[dict[str, to
     return moving, staying
 
 
-def _blockwise(state: Mapping[str, Any]) -> frozenset[str]:
+def blockwise_keys(state: Mapping[str, Any]) -> frozenset[str]:
     """Keys of the codes in ``state``."""
     return frozenset(
         key
-        for key, scales in _SCALES.items()
+        for key, scales in BLOCK_SCALES.items()
         if torch.is_tensor(state.get(key)) and state[key].dtype == torch.uint8 and torch.is_tensor(state.get(scales))
     )
 
 
-def _signed(key: str, state: Mapping[str, Any]) -> bool:
-    table = state.get(_TABLES.get(key, ""))
+def is_signed(key: str, state: Mapping[str, Any]) -> bool:
+    """Whether the map of the codes ``key`` has negative values; raises UnsupportedStateError for an unknown map."""
+    table = state.get(BLOCK_TABLES.get(key, ""))
     if table is None:
         return key == "exp_avg"
     signed = bool(table[0] < 0)
@@ -112,7 +113,7 @@ def _signed(key: str, state: Mapping[str, Any]) -> bool:
     return signed
 
 
-def _block_again(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
+def block_again(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
     """Form blocks of ``codes`` (uint8 [n], changed in place) that had ``scales`` (fp32 [n]); returns their new scales.
 
     A scale of zero says that the element is zero, whatever its code.

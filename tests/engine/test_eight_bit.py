@@ -14,7 +14,7 @@ from tests.engine.ranks_train import build_staged, optimizer_step, weights
 from tests.ranks import RankPools
 
 
-def build(flavour: str, optimizer: str, groups: str) -> tuple[Any, Any]:
+def build(flavour: str, optimizer: str, groups: str, kind: str = "bert") -> tuple[Any, Any]:
     import bitsandbytes
 
     from progtuning_ds import MaskedAdamW
@@ -30,6 +30,7 @@ def build(flavour: str, optimizer: str, groups: str) -> tuple[Any, Any]:
         ALL[flavour],
         shrinking(),
         groups,
+        kind,
         optimizer={"type": "EightBit", "params": adam},
         zero_allow_untested_optimizer=True,
         scheduled=False,
