@@ -165,7 +165,7 @@ class StageEngine:
         fresh state; what the others held is released.
 
         Raises:
-            X the model does not have, or no name at all.
+            ConfigError: for a name the model does not have, or no name at all.
         """
         return self._retarget(tuple(dict.fromkeys(names)), None, None)
 

@@ -47,14 +47,27 @@ class Origin:
 class FrozenLinear(nn.Linear):
     """``y = x @ W.T + b`` with a quantized W; made of another layer by `quantize`, never constructed.
 
+    The parameter named ``weight`` holds the codes, uint8 [ceil(n / 2), 1] (nf4) or int8 [outputs, inputs], and does
+    not require grad.
+
     Attributes:
-        weight: codes, uint8 [ceil(n / 2), 1] (nf4) or int8 [outputs, inputs]; does not require grad.
         origin: what it was.
         scales: what else it takes to read the codes.
     """
 
     origin: Origin
     scales: Any
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """What the layer computes with, made anew; empty while ZeRO-3 has it partitioned, as a dense one is.
+
+        Some blocks read the weight themselves (Mamba to multiply by it, LongT5 its dtype) and must not find codes.
+        """
+        codes = _codes_of(self)
+        if codes.is_floating_point():  # not exchanged yet
+            return codes
+        return dense_weight(self) if codes.numel() else torch.empty(0, dtype=self.origin.dtype, device=codes.device)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Return [..., outputs] in the dtype of ``input`` [..., inputs], or of autocast where that is on."""
@@ -196,12 +209,17 @@ def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
 
 def _matrix(layer: FrozenLinear) -> torch.Tensor:
     """The weight [outputs, inputs]: in its own dtype (nf4), or in fp32 (int8)."""
-    codes = layer.weight.data
+    codes = _codes_of(layer).data
     if layer.origin.kind == "int8":
         return codes * layer.scales  # in fp32, and no copy of the codes in it
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(codes.view(-1, 1), layer.scales).view(layer.out_features, layer.in_features)
+
+
+def _codes_of(layer: FrozenLinear) -> torch.Tensor:
+    """The parameter itself; DeepSpeed gathers it on the way where it should."""
+    return layer._parameters["weight"]  # type: ignore[return-value]
 
 
 def _in_blocks(matrix: torch.Tensor) -> torch.Tensor:

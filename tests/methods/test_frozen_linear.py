@@ -17,6 +17,15 @@ from progtuning_ds.schedule import custom_plan
 from tests.methods.test_methods import FAMILIES, IDS, TINY, bert
 
 KINDS = ("int8", "nf4")
+# Blocks that read a layer's weight themselves: its dtype, or to multiply by it.
+READERS = {
+    "longt5": lambda: tf.LongT5ForConditionalGeneration(
+        tf.LongT5Config(d_model=32, d_ff=64, d_kv=16, num_layers=2, num_heads=2, vocab_size=50, local_radius=4)
+    ),
+    "mamba": lambda: tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4)
+    ),
+}
 
 
 def quantize_all(model: Any, kind: str) -> list[str]:
@@ -29,17 +38,17 @@ def quantize_all(model: Any, kind: str) -> list[str]:
 
 def logits_and_gradients(model: Any, family: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     model.zero_grad()
-    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family == "t5" else {})
+    inputs = {"input_ids": IDS} | ({"decoder_input_ids": IDS} if family.endswith("t5") else {})
     logits = model(**inputs).logits
     logits.square().sum().backward()
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", [*FAMILIES, "bert"])
+@pytest.mark.parametrize("family", [*FAMILIES, *READERS, "bert"])
 def test_it_computes_with_the_dense_weight_it_tells_and_becomes_what_it_was(family: str, kind: str) -> None:
     torch.manual_seed(0)
-    model = (FAMILIES[family]() if family != "bert" else bert()).eval()
+    model = (FAMILIES | READERS | {"bert": bert})[family]().eval()
     before = {name: (p.shape, p.dtype, p.clone()) for name, p in model.named_parameters()}
     kinds = {name: type(module) for name, module in model.named_modules()}
     names = quantize_all(model, kind)
@@ -86,7 +95,8 @@ def test_bytes_are_those_of_the_tensors_and_the_closed_form() -> None:
         assert weight_bytes(kind, 3072, 768, element=4) == expected
         assert weight_bytes("keep", 3072, 768, element=2) == 2 * 768 * 3072
     layer.weight = quantize(layer, layer.weight.data, "nf4")
-    assert layer.weight.numel() == 768 * 3072 // 2
+    assert dict(layer.named_parameters())["weight"].numel() == 768 * 3072 // 2
+    assert layer.weight.shape == (3072, 768), "whoever reads it gets what the layer computes with"
 
 
 def test_under_zero3_it_is_refused_where_it_does_not_pay() -> None:
