@@ -67,12 +67,12 @@ def apply_method(model: PreTrainedModel, method: Method, *, blocks_path: str | N
 
     names = biases(model) if method.kind == "bitfit" else norms(model)
     in_blocks = {name for block in discover_blocks(model, path=blocks_path).blocks for name in block}
-    heads = head_modules(model) if method.train_head else []
-    of_heads = [name for name, _ in model.named_parameters() if name.split(".", 1)[0] in heads]
+    heads = head_modules(model)
+    of_heads = {name for name, _ in model.named_parameters() if name.split(".", 1)[0] in heads}
     if in_blocks.isdisjoint(names):
         what = "biases" if method.kind == "bitfit" else "normalization layers"
         raise ConfigError(
             f"method.kind {method.kind} finds nothing to train: blocks of {model.config.model_type} have no {what}"
         )
-    set_trainable(model, [*names, *of_heads])
+    set_trainable(model, of_heads.union(names) if method.train_head else set(names) - of_heads)
     return model

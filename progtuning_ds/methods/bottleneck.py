@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from progtuning_ds.errors import ConfigError, did_you_mean
 from progtuning_ds.methods.heads import head_modules
-from progtuning_ds.methods.layers import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS, ends_of, linear_layers
-from progtuning_ds.methods.settings import PLACEMENTS
+from progtuning_ds.methods.layers import ATTENTION_OUTPUTS, FEED_FORWARD_OUTPUTS, check_targets, ends_of, linear_layers
+from progtuning_ds.methods.settings import ALL_LINEAR, PLACEMENTS
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 KIND = "BOTTLENECK"
@@ -159,8 +159,11 @@ def load_bottlenecks(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     config = BottleneckConfig(**fields)
     if not _all_present(model, config.targets):
         raise ConfigError(f"the adapters in {str(folder)!r} are for another model: no {config.targets[0]!r} here")
-    add_bottlenecks(model, config)
+    add_bottlenecks(model, config, train_head=bool(config.modules_to_save))
     state = load_file(folder / WEIGHTS_FILE)
+    missing = [name for name in bottleneck_state(model, config) if name not in state]
+    if missing:
+        raise ConfigError(f"the adapters in {str(folder)!r} are not whole: {WEIGHTS_FILE} has no {missing[0]!r}")
     unknown = model.load_state_dict(state, strict=False).unexpected_keys
     if unknown:
         raise ConfigError(f"the adapters in {str(folder)!r} are for another model: no {unknown[0]!r} here")
@@ -173,6 +176,7 @@ def _all_present(model: nn.Module, paths: tuple[str, ...]) -> bool:
 
 
 def _find_layers(model: PreTrainedModel, config: BottleneckConfig, blocks_path: str | None) -> list[str]:
+    check_targets(model, config.targets)
     found: list[str] = []
     for index, layers in enumerate(linear_layers(model, blocks_path)):
         chosen = _in_block(layers, config)
@@ -186,6 +190,8 @@ def _find_layers(model: PreTrainedModel, config: BottleneckConfig, blocks_path: 
 
 
 def _in_block(layers: list[str], config: BottleneckConfig) -> list[str]:
+    if config.targets == (ALL_LINEAR,):
+        return layers
     if config.targets:
         return [name for name in layers if _ends(name, config.targets)]
     attention = [name for name in layers if _ends(name, ATTENTION_OUTPUTS)]

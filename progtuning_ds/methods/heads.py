@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_MAPPING, PreTrainedModel
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:
@@ -12,12 +14,28 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     The output layer of a language model is pretrained and often tied to the embeddings, so it is none of them.
     """
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    base = getattr(model, model.base_model_prefix, None)
+    base = _base_modules(model)
     return [
         name
         for name, child in model.named_children()
-        if child is not base and _has_parameters(child) and not _contains(child, output)
+        if child not in base and _has_parameters(child) and not _contains(child, output)
     ]
+
+
+def _base_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The children that make up the base model: one of them, all, or several (T5 has its stacks beside its head)."""
+    base = getattr(model, model.base_model_prefix, None)
+    if isinstance(base, nn.Module):
+        return [base]
+    bare: Any = MODEL_MAPPING.get(type(model.config), ())  # a class, or several
+    if isinstance(model, bare):
+        return list(model.children())
+    embeddings = model.get_input_embeddings()
+    return [child for child in model.children() if _contains(child, embeddings) or _has_stack(child)]
+
+
+def _has_stack(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.ModuleList) and len(inner) > 1 for inner in module.modules())
 
 
 def _has_parameters(module: nn.Module) -> bool:

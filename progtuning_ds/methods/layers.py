@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from progtuning_ds.blocks import discover_blocks
+from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.methods.settings import ALL_LINEAR
 
 # Ends of the paths, within a block, of the layers whose output is added to the residual stream.
 ATTENTION_OUTPUTS = (
@@ -67,6 +69,17 @@ def linear_layers(model: nn.Module, blocks_path: str | None = None) -> list[list
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer: Conv1D is GPT-2's, and bitsandbytes' are nn.Linear."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raise a ConfigError unless each of ``targets`` is the end of a module's path, as PEFT reads them."""
+    paths = [name for name, _ in model.named_modules() if name]
+    for target in targets:
+        if target == ALL_LINEAR or any(path == target or path.endswith(f".{target}") for path in paths):
+            continue
+        parts = target.count(".") + 1
+        known = [ALL_LINEAR, *sorted({".".join(path.split(".")[-parts:]) for path in paths})]
+        raise ConfigError(f"method.targets: {target!r} fits no module{did_you_mean(target, known)}")
 
 
 def ends_of(layers: Iterable[str]) -> list[str]:

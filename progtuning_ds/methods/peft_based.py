@@ -13,10 +13,10 @@ from peft.utils import (
 )
 from transformers import PreTrainedModel
 
-from progtuning_ds.errors import ConfigError, did_you_mean
+from progtuning_ds.errors import ConfigError
 from progtuning_ds.methods.heads import head_modules
-from progtuning_ds.methods.layers import ends_of, linear_layers, queries_and_values
-from progtuning_ds.methods.settings import Method
+from progtuning_ds.methods.layers import check_targets, ends_of, linear_layers, queries_and_values
+from progtuning_ds.methods.settings import ALL_LINEAR, Method
 
 # By whether the method is IA3.
 _USUAL_TARGETS = (
@@ -46,19 +46,20 @@ def add_peft(model: PreTrainedModel, method: Method, *, blocks_path: str | None 
     """
     if not (method.targets or _USUAL_TARGETS[method.kind == "ia3"].get(model.config.model_type)):
         method = replace(method, targets=_own_targets(model, method, blocks_path))
+    check_targets(model, method.targets)
     try:
         with warnings.catch_warnings():
             # PEFT asks transformers for a property by the name that it is about to lose.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            # It then sets what it asks for, as GPT-2's Conv1D wants it.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             return get_peft_model(model, peft_config(model, method))
     except ValueError as error:
         message = " ".join(str(error).split())
         if not method.targets:
             family = f"{model.config.model_type} with method.kind {method.kind}"
             raise ConfigError(f"method.targets must be given for {family}: {message}") from error
-        names = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-        near = did_you_mean(method.targets[0], names)
-        raise ConfigError(f"method.targets {list(method.targets)} fit no module{near}: {message}") from error
+        raise ConfigError(f"method.targets {list(method.targets)} cannot be adapted: {message}") from error
 
 
 def _own_targets(model: PreTrainedModel, method: Method, blocks_path: str | None) -> tuple[str, ...]:
@@ -101,4 +102,4 @@ def peft_config(model: PreTrainedModel, method: Method) -> PeftConfig:
 def _targets(method: Method) -> list[str] | str | None:
     if not method.targets:
         return None
-    return "all-linear" if method.targets == ("all-linear",) else list(method.targets)
+    return ALL_LINEAR if method.targets == (ALL_LINEAR,) else list(method.targets)

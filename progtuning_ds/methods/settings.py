@@ -11,6 +11,8 @@ KINDS = ("full", "lora", "dora", "rslora", "ia3", "adapter", "bitfit", "layernor
 ``layernorm`` norms, ``full`` everything."""
 PLACEMENTS = ("houlsby", "pfeiffer")
 """Bottlenecks after attention and feed-forward (arXiv 1902.00751), or after feed-forward alone (arXiv 2005.00247)."""
+ALL_LINEAR = "all-linear"
+"""In place of names in ``Method.targets``."""
 QUANTIZATIONS = ("none", "nf4", "int8")
 """How the frozen base is stored: as loaded, bitsandbytes' 4-bit NormalFloat, or its 8-bit integers."""
 
@@ -24,8 +26,9 @@ class Method:
         rank: of low-rank matrices; LoRA, DoRA and rsLoRA.
         alpha: LoRA's scale; the update counts ``alpha / rank`` times (``alpha / sqrt(rank)`` in rsLoRA).
         dropout: on the input of low-rank matrices, 0..1.
-        targets: names of the modules that get one; empty for the method's usual ones in this architecture, and
-            ``("all-linear",)`` for every linear layer of the blocks.
+        targets: names of the modules that get one, or the ends of their paths; empty for the method's usual ones in
+            this architecture, and ``("all-linear",)`` for every linear layer: of the blocks (adapters), or of the
+            model but for its head (PEFT's methods).
         placement: one of ``PLACEMENTS``; adapters.
         reduction: width of the model over width of the bottleneck; adapters.
         train_head: whether the head of the task (not a language model's) trains too.
@@ -55,6 +58,13 @@ class Method:
                 raise ConfigError(
                     f"method.{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}"
                 )
+        if self.targets and not self.adds_parameters:
+            raise ConfigError(
+                f"method.targets must be empty with method.kind {self.kind}, which adds nothing to layers, got "
+                f"{list(self.targets)}"
+            )
+        if ALL_LINEAR in self.targets and len(self.targets) > 1:
+            raise ConfigError(f"method.targets must be {ALL_LINEAR} alone or names of layers, got {list(self.targets)}")
         for name in ("rank", "reduction"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"method.{name} must be at least 1, got {getattr(self, name)}")
