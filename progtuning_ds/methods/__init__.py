@@ -22,6 +22,8 @@ __all__ = [
     "Method",
     "apply_method",
     "blocks_path",
+    "check_mergeable",
+    "head_modules",
     "keep_trainable",
     "load_bottlenecks",
     "misread_inputs",
@@ -35,6 +37,13 @@ def blocks_path(model: Any, path: str | None) -> str | None:
     if path is None or not hasattr(model, "get_base_model"):
         return path
     return "+".join(f"base_model.model.{single}" for single in path.split("+"))
+
+
+def check_mergeable(model: Any) -> None:
+    """Raise a ConfigError if adapters cannot be merged into ``model``: see `peft_based.check_mergeable`."""
+    from progtuning_ds.methods import peft_based
+
+    peft_based.check_mergeable(model)
 
 
 def apply_method(model: PreTrainedModel, method: Method, *, blocks_path: str | None = None) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
@@ -73,6 +74,22 @@ def _own_targets(model: PreTrainedModel, method: Method, blocks_path: str | None
             f"no usual ones are known; its blocks have {known}"
         )
     return tuple(names)
+
+
+def check_mergeable(model: PeftModel) -> None:
+    """Raise a ConfigError if a layer to merge into shares its weight with another, which merging would change too."""
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(path)
+    for path, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            others = [user for user in users[id(module.get_base_layer().weight)] if not user.startswith(path)]
+            if others:
+                raise ConfigError(
+                    f"method.merge must be false where {path.rpartition('.')[2]} is adapted, got true: its weight is "
+                    f"tied to {others[0]!r}, which merging would change too"
+                )
 
 
 def peft_config(model: PreTrainedModel, method: Method) -> PeftConfig:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from progtuning_ds.train.batches import step_batches
 from progtuning_ds.train.job import Job
+from progtuning_ds.train.progress import ranges
 from progtuning_ds.train.ranks import Ranks
 
 
@@ -23,8 +24,8 @@ def show_job(job: Job, ranks: Ranks, console: Console) -> None:
         table.add_row(
             f"{stage.index + 1}/{len(job.plan.stages)}",
             f"{len(stage.steps)}",
-            ranges(stage.trainable_blocks),
-            "train" if stage.embeddings else "rest",
+            ranges(stage.trainable_blocks) or "none",
+            "train" if stage.embeddings and job.counts.embeddings else "rest",
             f"{count.trainable_params:,}",
         )
     console.print(table)
@@ -36,14 +37,3 @@ def show_job(job: Job, ranks: Ranks, console: Console) -> None:
     ]
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def ranges(blocks: tuple[int, ...]) -> str:
-    """Write block numbers as `0-3,7`."""
-    parts: list[list[int]] = []
-    for block in blocks:
-        if parts and block == parts[-1][-1] + 1:
-            parts[-1].append(block)
-        else:
-            parts.append([block])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in parts) or "none"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -59,7 +60,13 @@ def save_merged(
         tokenizer: saved beside it.
         folder: created if needed.
     """
-    merged = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload()
+    model = PeftModel.from_pretrained(base, str(adapters))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            # PEFT 0.21 would do so later, in a way that fails for IA3 where a head has several layers.
+            head = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+            model.set_submodule(path, head)
+    merged = model.merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return merged

@@ -24,7 +24,7 @@ from progtuning_ds.config import (
     settle_warmup,
 )
 from progtuning_ds.memory import Architecture, ParamTable, Workload, setup_from_deepspeed
-from progtuning_ds.methods import blocks_path
+from progtuning_ds.methods import blocks_path, check_mergeable
 from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
 from progtuning_ds.tasks import Task, build_task
@@ -119,6 +119,8 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         lengths=task.train.lengths if config.train.group_by_length else None,
     )
     empty = models.empty_model(task.auto_class, config.model, shape, models.method_of(config.method))
+    if config.method.merge:
+        check_mergeable(empty)
     blocks = discover_blocks(empty, path=blocks_path(empty, config.model.blocks))
     plan = make_plan(config.schedule, len(blocks), epochs=config.train.epochs, steps_per_epoch=order.steps_per_epoch)
     warmup_steps = settle_warmup(config.train, source, plan.total_steps)

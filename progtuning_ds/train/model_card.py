@@ -9,7 +9,7 @@ import yaml
 
 from progtuning_ds.train.job import Job
 from progtuning_ds.train.models import method_of
-from progtuning_ds.train.progress import ranges
+from progtuning_ds.train.progress import what_trains
 from progtuning_ds.train.records import RunRecord, SessionRecord, StageRecord
 
 CARD = "README.md"
@@ -64,8 +64,7 @@ def _lines(job: Job, run: RunRecord, stages: Sequence[StageRecord], sessions: Se
     yield f"| stage | steps | trains | parameters | {run.main_metric} |"
     yield "|---|---|---|---|---|"
     for stage in stages:
-        blocks = f"blocks {ranges(stage.trainable_blocks)}" if stage.trainable_blocks else "no block"
-        trains = f"{'embeddings, ' if stage.embeddings else ''}{blocks}, head"
+        trains = ", ".join(what_trains(stage.embeddings, stage.trainable_blocks, job.counts))
         metric = stage.metrics.get(run.main_metric)
         score = "" if metric is None else f"{metric:.4f}"
         first, last = stage.first_step + 1, stage.first_step + stage.steps

@@ -19,7 +19,14 @@ from transformers import (
 
 from progtuning_ds.config import MethodConfig, ModelConfig
 from progtuning_ds.errors import ConfigError, did_you_mean
-from progtuning_ds.methods import Method, apply_method, keep_trainable, quantized_loading, unquantized_modules
+from progtuning_ds.methods import (
+    Method,
+    apply_method,
+    head_modules,
+    keep_trainable,
+    quantized_loading,
+    unquantized_modules,
+)
 from progtuning_ds.train.acceleration import use_liger
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,10 +115,14 @@ def load_model(
         shape: the model's configuration, with what the task sets.
         precision: `fp32`, `bf16` or `fp16`.
         method: what trains; all of it by default.
+
+    Raises:
+        ConfigError: if the method leaves a head alone that the model's files do not have.
     """
     attention = {"attn_implementation": model.attn_implementation} if model.attn_implementation else {}
-    loaded = auto_class.from_pretrained(
+    loaded, info = auto_class.from_pretrained(
         model_path(model),
+        output_loading_info=True,
         config=shape,
         dtype=DTYPES[precision],
         # A head for other classes, as of a model tuned on another task, is replaced by a new one.
@@ -119,6 +130,8 @@ def load_model(
         **attention,
         **_quantization(auto_class, model, shape, precision, method),
     )
+    if method is not None and method.adds_parameters and not method.train_head:
+        _check_head(loaded, info, model)
     if model.liger:
         use_liger(loaded)
     keep_trainable(loaded)
@@ -129,6 +142,17 @@ def load_model(
         loaded.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         loaded.config.use_cache = False
     return loaded
+
+
+def _check_head(loaded: PreTrainedModel, info: dict[str, Any], model: ModelConfig) -> None:
+    """A head that was drawn just now, does not train and is not saved could never be had again."""
+    drawn = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    heads = set(head_modules(loaded)) & {name.split(".", 1)[0] for name in drawn}
+    if heads:
+        raise ConfigError(
+            f"method.train_head must be true with model.path {model.path!r}: it has no weights for {min(heads)!r}, "
+            f"and random ones would be saved nowhere"
+        )
 
 
 def _quantization(

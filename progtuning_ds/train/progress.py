@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from progtuning_ds.accounting import ComponentCounts
 from progtuning_ds.engine import StageTransition
 from progtuning_ds.schedule import Stage
 from progtuning_ds.train.job import Job
@@ -27,14 +28,16 @@ class ProgressLines(Observer):
     def __init__(self, console: Console) -> None:
         self.console = console
         self._total = self._stages = 0
+        self._counts: ComponentCounts | None = None
 
     def run_started(self, job: Job) -> None:
         """Remember what the lines count up to."""
-        self._total, self._stages = job.plan.total_steps, len(job.plan.stages)
+        self._total, self._stages, self._counts = job.plan.total_steps, len(job.plan.stages), job.counts
 
     def stage_started(self, stage: Stage, transition: StageTransition | None) -> None:
         """Say what trains, and what the transition gave back."""
-        self._print(stage_line(stage, self._stages))
+        assert self._counts is not None, "the run has started"
+        self._print(stage_line(stage, self._stages, self._counts))
         if transition is not None:
             self._print(transition_line(transition))
 
@@ -93,14 +96,27 @@ def step_words(records: Sequence[StepRecord], num_stages: int) -> str:
     )
 
 
-def stage_line(stage: Stage, num_stages: int) -> str:
+def stage_line(stage: Stage, num_stages: int, counts: ComponentCounts) -> str:
     """What trains in a stage, in words."""
-    blocks = stage.trainable_blocks
-    what = f"block{'s' if len(blocks) > 1 else ''} {ranges(blocks)}" if blocks else "no block"
-    embeddings = "embeddings, " if stage.embeddings else ""
-    return (
-        f"stage {stage.index + 1}/{num_stages}: training {embeddings}{what} and the head for {len(stage.steps)} steps"
-    )
+    parts = what_trains(stage.embeddings, stage.trainable_blocks, counts)
+    what = f"{', '.join(parts[:-1])} and the head" if parts[-1] == "head" else ", ".join(parts)
+    return f"stage {stage.index + 1}/{num_stages}: training {what} for {len(stage.steps)} steps"
+
+
+def what_trains(embeddings: bool, blocks: Sequence[int], counts: ComponentCounts) -> list[str]:
+    """Name what of a stage has parameters that train: a method may have none in the embeddings or the head.
+
+    Args:
+        embeddings: whether the plan trains them.
+        blocks: those the plan trains.
+        counts: what trains in each component.
+    """
+    own = [block for block in blocks if counts.blocks[block]]
+    return [
+        *(["embeddings"] if embeddings and counts.embeddings else []),
+        f"block{'s' if len(own) > 1 else ''} {ranges(own)}" if own else "no block",
+        *(["head"] if counts.head else []),
+    ]
 
 
 def ranges(blocks: Sequence[int]) -> str:

@@ -87,12 +87,12 @@ class Session:
             record = self._train(observer, found, "; ".join(passed_over))
             if self.ranks.is_first:
                 self._describe_model(record)
+            if self.job.config.method.merge:
+                on_first(self._save_merged)  # before the run counts as complete
             observer.run_finished(record)
         finally:
             observer.close()
         if self.ranks.is_first:
-            if self.job.config.method.merge:
-                self._save_merged()
             self._sum_up()
 
     def _describe_model(self, record: RunRecord) -> None:
@@ -104,7 +104,9 @@ class Session:
         job = self.job
         base = load_model(job.task.auto_class, job.config.model, job.shape, job.settings.precision)
         save_merged(base, self.folder / run_dir.FINAL, job.tokenizer, self.folder / run_dir.MERGED)
-        self._say(f"merged model in {self.folder / run_dir.MERGED}")
+        kind = job.config.method.quantization
+        into = "" if kind == "none" else f", into weights that are not in {kind}, other than those it was trained on"
+        self._say(f"merged model in {self.folder / run_dir.MERGED}{into}")
 
     def _make_folder(self, *, keep: bool) -> None:
         self.keeper.store.sweep()

@@ -7,12 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from progtuning_ds.methods import Method, keep_trainable, load_bottlenecks, misread_inputs, quantized_loading
+from progtuning_ds.config import ModelConfig
+from progtuning_ds.errors import ConfigError
+from progtuning_ds.methods import (
+    Method,
+    apply_method,
+    check_mergeable,
+    keep_trainable,
+    load_bottlenecks,
+    misread_inputs,
+    quantized_loading,
+)
+from progtuning_ds.train.export import save_merged
+from progtuning_ds.train.models import load_model
 from progtuning_ds.train.records import RunRecord, StageRecord, read_records
+from tests.methods.test_methods import stir
 from tests.ranks import RankPools
 from tests.train import tiny
 from tests.train.test_resume import run, same_results
@@ -84,6 +98,8 @@ def test_the_export_computes_what_the_engine_computed(
         merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
         assert score(merged, tmp_path)[1] == pytest.approx(loss, abs=1e-5)
     card = (tmp_path / "final" / "README.md").read_text()
+    embeddings = "embeddings, " if method["kind"] in ("bitfit", "layernorm") else ""
+    assert f"| {embeddings}blocks 0-3, head |" in card
     assert f"- Method: {method['kind']}" in card
     assert f"# {sources / 'model'}, fine-tuned by progtuning with {method['kind']}" in card
     library = "peft" if isinstance(model, PeftModel) else "transformers"
@@ -111,6 +127,58 @@ def test_a_run_of_a_method_goes_on_to_the_bit(
     assert ranks(2).run(run, given=parts, signal_at=6)[0].startswith("PreemptedError")
     assert ranks(2).run(run, given=parts, resume="auto") == [None, None]
     same_results(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_adapters_merge_under_a_head_of_several_layers(sources: Path, tmp_path: Path, kind: str) -> None:
+    roberta(tmp_path / "base")
+    base = tf.RobertaForSequenceClassification.from_pretrained
+    model = apply_method(base(tmp_path / "base"), Method(kind=kind)).eval()
+    stir(model)
+    model.save_pretrained(tmp_path / "adapters")
+    tokenizer = tf.AutoTokenizer.from_pretrained(sources / "model")
+    save_merged(base(tmp_path / "base"), tmp_path / "adapters", tokenizer, tmp_path / "merged")
+    rows = torch.arange(3, 11).reshape(2, 4)
+    torch.testing.assert_close(base(tmp_path / "merged").eval()(rows).logits, model(rows).logits)
+
+
+def roberta(folder: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    torch.manual_seed(0)
+    tf.RobertaForSequenceClassification(tf.RobertaConfig(**sizes, vocab_size=50)).save_pretrained(folder)
+
+
+def test_merging_into_a_tied_weight_is_refused() -> None:
+    gpt2 = tf.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50)
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            tied, untied = (
+                apply_method(tf.GPT2LMHeadModel(gpt2), Method(kind="lora", targets=targets))
+                for targets in (("wte", "c_attn"), ("c_attn",))
+            )
+        check_mergeable(untied)
+        with pytest.raises(ConfigError, match=r"method.merge must be false where wte is adapted.* tied to '.*lm_head'"):
+            check_mergeable(tied)
+
+
+def test_a_head_that_would_be_saved_nowhere_has_to_train(sources: Path, tmp_path: Path) -> None:
+    """The files of the base have none, so it is drawn; with another number of classes it is drawn too."""
+    auto = tf.AutoModelForSequenceClassification
+
+    def load(path: Path, method: Method, classes: int = 2) -> Any:
+        model = ModelConfig(path=str(path))
+        return load_model(auto, model, tf.AutoConfig.from_pretrained(path, num_labels=classes), "fp32", method)
+
+    auto.from_pretrained(sources / "model", num_labels=2).save_pretrained(tmp_path)
+    for path, classes in ((sources / "model", 2), (tmp_path, 3)):
+        for kind in ("lora", "adapter"):
+            load(path, Method(kind=kind), classes)
+            with pytest.raises(
+                ConfigError, match=r"method.train_head must be true with .* no weights for 'classifier'"
+            ):
+                load(path, Method(kind=kind, train_head=False), classes)
+    load(tmp_path, Method(kind="lora", train_head=False))
+    load(sources / "model", Method(kind="bitfit", train_head=False))  # saved whole
 
 
 def test_weights_that_the_processor_misreads_are_warned_of(ranks: RankPools, sources: Path, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from progtuning_ds.config import run_config
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.train.cli import main
-from progtuning_ds.train.dry_run import ranges
 from progtuning_ds.train.outcome import GuardStopError
 from progtuning_ds.train.records import EvaluationRecord, SessionRecord, read_records
 from progtuning_ds.train.seeds import parse_seeds, run_seeds, seed_configs, spreads
@@ -62,11 +61,6 @@ def test_a_dry_run_shows_the_plan_and_a_batch_and_writes_nothing(
     assert "labels (4,)" in first
     assert second == ""
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(("blocks", "words"), [((), "none"), ((3,), "3"), ((0, 1, 2, 5, 7, 8), "0-2,5,7-8")])
-def test_blocks_are_written_in_runs(blocks: tuple[int, ...], words: str) -> None:
-    assert ranges(blocks) == words
 
 
 def test_seeds_differ_and_their_spread_is_told(ranks: RankPools, tmp_path: Path, given: dict[str, Any]) -> None:

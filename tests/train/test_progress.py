@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from progtuning_ds.accounting import ComponentCounts
 from progtuning_ds.engine import StageTransition
 from progtuning_ds.schedule import plan_stages
 from progtuning_ds.train.observers import Observer
@@ -17,7 +18,9 @@ from progtuning_ds.train.progress import (
     human_bytes,
     make_progress,
     ranges,
+    stage_line,
     step_words,
+    what_trains,
 )
 from progtuning_ds.train.records import EvaluationRecord, RunRecord, StageRecord, StepRecord
 from progtuning_ds.train.summary import print_comparison, print_summary
@@ -34,7 +37,7 @@ def watched(kind: str, *, terminal: bool) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=120)
     progress = make_progress(kind, console)
-    progress.run_started(SimpleNamespace(plan=PLAN))
+    progress.run_started(SimpleNamespace(plan=PLAN, counts=ComponentCounts(5, (1,) * 6, 2)))
     progress.stage_started(PLAN.stages[0], None)
     progress.steps_done([step(index) for index in range(10)])
     progress.evaluated(EvaluationRecord(9, 1.0, 0, "validation", ("epoch",), 7, {"accuracy": 0.75}, 1.0))
@@ -73,6 +76,18 @@ def test_a_group_of_steps_is_averaged() -> None:
     words = step_words([step(0, loss=1.0, rate=50.0), step(1, loss=3.0, rate=150.0)], 2)
     assert "loss 2.0000" in words
     assert "75.0 samples/s" in words, "rows over seconds, which is the harmonic mean"
+
+
+def test_a_component_in_which_a_method_has_nothing_is_not_said_to_train() -> None:
+    stage = PLAN.stages[0]
+    assert stage_line(stage, 2, ComponentCounts(5, (1,) * 6, 2)).endswith(
+        "embeddings, blocks 0-5 and the head for 10 steps"
+    )
+    assert stage_line(stage, 2, ComponentCounts(0, (1,) * 6, 2)).endswith(
+        "training blocks 0-5 and the head for 10 steps"
+    )
+    assert stage_line(stage, 2, ComponentCounts(0, (0, 1, 1, 0, 0, 0), 0)).endswith("training blocks 1-2 for 10 steps")
+    assert what_trains(True, (4,), ComponentCounts(0, (1, 1, 0, 0, 0, 0), 0)) == ["no block"]
 
 
 def test_block_ranges_and_bytes_are_short() -> None:
