@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +36,17 @@ _TASK_TYPES = {
 }
 
 
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Keep PEFT from warning of what is between it and transformers."""
+    with warnings.catch_warnings():
+        # It asks transformers for a property by the name that it is about to lose.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        # It then sets what it asks for, as GPT-2's Conv1D wants it.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        yield
+
+
 def add_peft(model: PreTrainedModel, method: Method, *, blocks_path: str | None = None) -> PeftModel:
     """Wrap ``model`` so that only what PEFT adds, and the task's head, requires grad.
 
@@ -49,11 +62,7 @@ def add_peft(model: PreTrainedModel, method: Method, *, blocks_path: str | None 
         method = replace(method, targets=_own_targets(model, method, blocks_path))
     check_targets(model, method.targets)
     try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers for a property by the name that it is about to lose.
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            # It then sets what it asks for, as GPT-2's Conv1D wants it.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+        with quiet_peft():
             return get_peft_model(model, peft_config(model, method))
     except ValueError as error:
         message = " ".join(str(error).split())

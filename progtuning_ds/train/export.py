@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from progtuning_ds.blocks import persistent_buffers
 from progtuning_ds.methods.bottleneck import bottleneck_state, save_bottlenecks
+from progtuning_ds.methods.peft_based import quiet_peft
 
 
 def save_final(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, is_first: bool) -> None:
@@ -60,7 +61,8 @@ def save_merged(
         tokenizer: saved beside it.
         folder: created if needed.
     """
-    model = PeftModel.from_pretrained(base, str(adapters))
+    with quiet_peft():
+        model = PeftModel.from_pretrained(base, str(adapters))
     for path, module in list(model.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
             # PEFT 0.21 would do so later, in a way that fails for IA3 where a head has several layers.
