@@ -20,10 +20,10 @@ _BASE_BLOCK = 64
 
 
 def quantized_params(params: ParamTable, plan: StagePlan, setup: EngineSetup, stage: int) -> tuple[Param, ...]:
-    """Weights that ``on_freeze`` has quantized by the time a stage trains."""
+    """Weights that ``on_freeze`` has quantized by the time a stage trains; what never trains, in the first already."""
     if setup.on_freeze == "keep":
         return ()
-    frozen = set(freezing_blocks(plan, stage)) if stage else set()
+    frozen = set(freezing_blocks(plan, stage))
     return tuple(
         param
         for param in params.params
