@@ -13,7 +13,7 @@ from progtuning_ds.memory.parameters import Group, Param, ParamTable
 from progtuning_ds.memory.passing import gathers
 from progtuning_ds.memory.setup import EngineSetup
 from progtuning_ds.memory.state import FP32_BYTES
-from progtuning_ds.on_freeze import TABLE_BYTES, freezing_blocks, weight_bytes
+from progtuning_ds.on_freeze import TABLE_BYTES, code_bytes, freezing_blocks, weight_bytes
 from progtuning_ds.schedule import StagePlan
 
 _BASE_BLOCK = 64
@@ -74,6 +74,18 @@ def persistent_numel(params: ParamTable, setup: EngineSetup, away: Collection[st
         return 0
     small = (p.numel for p in params.params if p.numel <= setup.persistence_threshold and p.name not in away)
     return sum(shard_numel(numel, setup.world_size) * setup.world_size for numel in small)
+
+
+def gathered_bytes(params: ParamTable, setup: EngineSetup, quantized: Sequence[Param]) -> tuple[int, int]:
+    """Bytes of what ZeRO-3 gathers, whole: of the largest weight, and of all together.
+
+    Of quantized weights it gathers the codes, which are never persistent, however small.
+    """
+    away = {param.name for param in quantized}
+    dense = [p.numel for p in params.params if p.numel > setup.persistence_threshold and p.name not in away]
+    whole = [setup.element * numel for numel in dense]
+    whole += [code_bytes(setup.on_freeze, param.numel) for param in quantized]
+    return max(whole, default=0), sum(whole)
 
 
 def dense_while_computing(setup: EngineSetup, quantized: Sequence[Param]) -> int:

@@ -27,7 +27,13 @@ from progtuning_ds.memory.passing import (
 )
 from progtuning_ds.memory.setup import Batch, EngineSetup
 from progtuning_ds.memory.state import FP32_BYTES, owned_numel
-from progtuning_ds.memory.weights import dense_while_computing, held_weights, persistent_numel, quantized_params
+from progtuning_ds.memory.weights import (
+    dense_while_computing,
+    gathered_bytes,
+    held_weights,
+    persistent_numel,
+    quantized_params,
+)
 from progtuning_ds.on_freeze import why_not
 from progtuning_ds.schedule import Stage, StagePlan
 
@@ -160,7 +166,7 @@ class Workload:
         arriving, complete = step_gradients(setup, owned, trained)
         passing, kept_low = self._activations(setup, batch, stage)
         buckets = bucket_bytes(setup, largest)
-        gathered = self._gathered(setup)
+        gathered = self._gathered(setup, stage)
         held = arriving if batch.accumulation == 1 else complete
         if setup.zero_stage in (1, 2) and setup.world_size == 1:
             held *= 2  # measured: alone, a rank keeps what it accumulated beside what backward left
@@ -176,7 +182,7 @@ class Workload:
         }
         if setup.zero_stage == 3:
             backward["gradients"] += scattered(setup, largest)
-            forward["gathered"], backward["gathered"] = gathered, self._gathered(setup, reused=False)
+            forward["gathered"], backward["gathered"] = gathered, self._gathered(setup, stage, reused=False)
             forward["buckets"] = buckets
         quantized = self.quantized(setup, stage)
         if quantized and self._backward_reaches_embeddings(stage):
@@ -191,7 +197,7 @@ class Workload:
         costs = token_costs(
             self.shape, batch.seq_len, attention=batch.attention, element=setup.element, device=batch.device
         )
-        blocks = self._kept_by_blocks(setup, costs, self.plan.stages[stage])
+        blocks = self._kept_by_blocks(setup, costs, stage)
         embeddings = costs.embeddings.trained if self._backward_reaches_embeddings(stage) else 0.0
         highest = max((kept for kept in blocks), default=0.0)
         if batch.checkpointing:
@@ -211,18 +217,25 @@ class Workload:
                 above["logits"] = tokens * costs.logits
         return {name: round(value) for name, value in above.items()}, {"activations": round(tokens * lowest)}
 
-    def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: Stage) -> list[float]:
+    def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: int) -> list[float]:
         """Bytes per token of every block; nothing below where backward stops."""
-        trains = self._components(stage)
-        wholly = set(stage.trainable_blocks)
+        trains, keeps = self._components(self.plan.stages[stage]), self._keeps_inputs(setup, stage)
         reached = "embeddings" in trains
         kept = []
         for block in range(self.params.num_blocks):
             reached = reached or block in trains
-            # ZeRO-3's own linear layer saves its input whether the weight trains or not.
-            all_of_it = block in wholly or setup.zero_stage == 3
-            kept.append((costs.block.trained if all_of_it else costs.block.always) if reached else 0.0)
+            kept.append((costs.block.trained if block in keeps else costs.block.always) if reached else 0.0)
         return kept
+
+    def _keeps_inputs(self, setup: EngineSetup, stage: int) -> frozenset[str | int]:
+        """Blocks whose linear layers keep their inputs for backward."""
+        wholly = frozenset[str | int](self.plan.stages[stage].trainable_blocks)
+        if setup.zero_stage < 3:
+            return wholly
+        # ZeRO-3's own linear layer saves its input whether the weight trains or not; a quantized one is not replaced.
+        away = {param.name for param in self.quantized(setup, stage)}
+        dense = (p.component for p in self.params.params if p.decays and p.name not in away)
+        return wholly.union(dense) if away else wholly.union(range(self.params.num_blocks))
 
     def _backward_reaches_embeddings(self, stage: int) -> bool:
         return "embeddings" in self._components(self.plan.stages[stage])
@@ -234,11 +247,13 @@ class Workload:
             lambda: frozenset(p.component for p in self.params.trains(stage, self.plan.always_train)),
         )
 
-    def _gathered(self, setup: EngineSetup, *, reused: bool = True) -> int:
+    def _gathered(self, setup: EngineSetup, stage: int, *, reused: bool = True) -> int:
         """Whole ZeRO-3 weights at once: the largest module, what is fetched ahead, and what backward will reuse."""
         if not gathers(setup):
             return 0
-        limit = setup.persistence_threshold
-        sharded = self._once(("sharded", limit), lambda: [p.numel for p in self.params.params if p.numel > limit])
-        at_least = max(sharded, default=0) + setup.prefetch_bucket
-        return setup.element * min(sum(sharded), max(at_least, setup.max_live if reused else 0))
+        largest, together = self._once(
+            ("sharded", setup.persistence_threshold, setup.element, setup.on_freeze, stage),
+            lambda: gathered_bytes(self.params, setup, self.quantized(setup, stage)),
+        )
+        at_least = largest + setup.element * setup.prefetch_bucket
+        return min(together, max(at_least, setup.element * setup.max_live if reused else 0))
