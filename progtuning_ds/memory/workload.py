@@ -28,10 +28,12 @@ from progtuning_ds.memory.passing import (
 from progtuning_ds.memory.setup import Batch, EngineSetup
 from progtuning_ds.memory.state import FP32_BYTES, owned_numel
 from progtuning_ds.memory.weights import (
+    base_while_computing,
     dense_while_computing,
     gathered_bytes,
     held_weights,
-    persistent_numel,
+    in_quantized_base,
+    persistent_bytes,
     quantized_params,
 )
 from progtuning_ds.on_freeze import why_not
@@ -115,7 +117,7 @@ class Workload:
         device = held_weights(self.params, self.groups(0), setup, quantized)
         host: dict[str, int] = {}
         if setup.offload_param:
-            persistent = persistent_numel(self.params, setup) * setup.element
+            persistent = persistent_bytes(self.params, setup)
             host["weights"], device["weights"] = device["weights"] - persistent, persistent
         (host if setup.offload_optimizer else device).update(state)
         waiting = [group for group in groups if group.last_stage in setup.host_parts]
@@ -187,6 +189,10 @@ class Workload:
         quantized = self.quantized(setup, stage)
         if quantized and self._backward_reaches_embeddings(stage):
             backward["gathered"] = backward.get("gathered", 0) + dense_while_computing(setup, quantized)
+        if setup.frozen_bits < 16:  # backward begins with a layer of the base, and ends with one where it goes so far
+            computing = base_while_computing(self.params, setup)
+            for moment in (forward, backward):
+                moment["gathered"] = moment.get("gathered", 0) + computing
         moments = {"forward": forward, "backward": backward, "step": step}
         return Footprint(stage, device, moments, host)
 
@@ -219,23 +225,30 @@ class Workload:
 
     def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: int) -> list[float]:
         """Bytes per token of every block; nothing below where backward stops."""
-        trains, keeps = self._components(self.plan.stages[stage]), self._keeps_inputs(setup, stage)
+        trains = self._components(self.plan.stages[stage])
+        inputs = self._shares_of_inputs(setup, stage)
         reached = "embeddings" in trains
         kept = []
         for block in range(self.params.num_blocks):
             reached = reached or block in trains
-            kept.append((costs.block.trained if block in keeps else costs.block.always) if reached else 0.0)
+            kept.append(costs.block.always + inputs[block] * costs.block.with_weights if reached else 0.0)
         return kept
 
-    def _keeps_inputs(self, setup: EngineSetup, stage: int) -> frozenset[str | int]:
-        """Blocks whose linear layers keep their inputs for backward."""
+    def _shares_of_inputs(self, setup: EngineSetup, stage: int) -> list[float]:
+        """Of every block, the share of its linear layers' inputs that are kept for backward."""
+        blocks = range(self.params.num_blocks)
+        if setup.frozen_bits == 8 or (setup.zero_stage == 3 and setup.frozen_bits == 16 and setup.on_freeze == "keep"):
+            # ZeRO-3's own linear layer saves its input whether the weight trains or not, as bitsandbytes' int8 does.
+            return [1.0] * len(blocks)
         wholly = frozenset[str | int](self.plan.stages[stage].trainable_blocks)
-        if setup.zero_stage < 3:
-            return wholly
-        # ZeRO-3's own linear layer saves its input whether the weight trains or not; a quantized one is not replaced.
-        away = {param.name for param in self.quantized(setup, stage)}
-        dense = (p.component for p in self.params.params if p.decays and p.name not in away)
-        return wholly.union(dense) if away else wholly.union(range(self.params.num_blocks))
+        if setup.zero_stage == 3:
+            # Quantized layers are not replaced by ZeRO-3's; any other in a frozen block is.
+            away = {param.name for param in self.quantized(setup, stage)}
+            own = (p for p in self.params.params if not in_quantized_base(p, setup))
+            wholly = wholly.union(p.component for p in own if p.decays and p.name not in away)
+        return [
+            share if block in wholly else 0.0 for block, share in zip(blocks, self.params.input_shares, strict=True)
+        ]
 
     def _backward_reaches_embeddings(self, stage: int) -> bool:
         return "embeddings" in self._components(self.plan.stages[stage])
@@ -252,7 +265,7 @@ class Workload:
         if not gathers(setup):
             return 0
         largest, together = self._once(
-            ("sharded", setup.persistence_threshold, setup.element, setup.on_freeze, stage),
+            ("sharded", setup.persistence_threshold, setup.element, setup.on_freeze, setup.frozen_bits, stage),
             lambda: gathered_bytes(self.params, setup, self.quantized(setup, stage)),
         )
         at_least = largest + setup.element * setup.prefetch_bucket
