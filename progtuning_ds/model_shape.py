@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from progtuning_ds.blocks import BlockMap, full_numel, full_shape
 from progtuning_ds.memory import Architecture, Param, ParamTable
+from progtuning_ds.methods import base_matrices
 from progtuning_ds.methods.frozen_linear import freezable
 
 TESTED = ("bert", "gpt2", "llama", "mistral", "qwen2")
@@ -27,9 +29,16 @@ _ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn
 _HIDDEN_DROPOUT = ("hidden_dropout_prob", "hidden_dropout", "resid_pdrop", "dropout", "dropout_rate")
 
 
-def param_table(model: nn.Module, blocks: BlockMap) -> ParamTable:
-    """Sizes of all parameters by component; biases and norm weights do not decay, as in ``param_groups``."""
+def param_table(model: nn.Module, blocks: BlockMap, unquantized: Sequence[str] = ()) -> ParamTable:
+    """Sizes of all parameters by component; biases and norm weights do not decay, as in ``param_groups``.
+
+    Args:
+        model: a method may have been applied to it.
+        blocks: its blocks.
+        unquantized: modules of the bare model that no method quantizes; see ``methods.unquantized_modules``.
+    """
     matrices = freezable(model, blocks)
+    base = base_matrices(model, blocks.frozen, unquantized)
     return ParamTable(
         tuple(
             Param(
@@ -39,6 +48,7 @@ def param_table(model: nn.Module, blocks: BlockMap) -> ParamTable:
                 decays=len(full_shape(parameter)) >= 2,
                 frozen=name in blocks.frozen,
                 matrix=matrices.get(name),
+                base=base.get(name),
             )
             for name, parameter in model.named_parameters()
         ),

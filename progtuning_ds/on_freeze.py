@@ -30,13 +30,18 @@ def weight_bytes(kind: str, outputs: int, inputs: int, *, element: int, ranks: i
         ranks: how many share the weight (ZeRO-3); scales are whole on each. ``TABLE_BYTES`` are held once beside.
     """
     numel = outputs * inputs
+    if kind == "keep":
+        return element * -(-numel // ranks)
+    codes = -(-code_bytes(kind, numel) // ranks)
     if kind == "int8":
-        return -(-numel // ranks) + 4 * outputs
-    if kind == "nf4":
-        blocks = -(-numel // NF4_BLOCK)
-        codes = -(-numel // 2)
-        return -(-codes // ranks) + blocks + 4 * -(-blocks // _SCALES_BLOCK) + _SCALES_MEAN
-    return element * -(-numel // ranks)
+        return codes + 4 * outputs
+    blocks = -(-numel // NF4_BLOCK)
+    return codes + blocks + 4 * -(-blocks // _SCALES_BLOCK) + _SCALES_MEAN
+
+
+def code_bytes(kind: str, numel: int) -> int:
+    """Bytes of the codes of ``numel`` elements, "int8" or "nf4", without their scales."""
+    return -(-numel // 2) if kind == "nf4" else numel
 
 
 def freezing_blocks(plan: StagePlan, stage: int) -> tuple[int, ...]:

@@ -7,9 +7,17 @@ from typing import Any
 
 from progtuning_ds.memory.setup import EngineSetup
 
+_BITS = {"none": 16, "int8": 8, "nf4": 4}
+
 
 def setup_from_deepspeed(
-    content: Mapping[str, Any], world_size: int, *, kernel: str = "deepspeed", state_bits: int = 32
+    content: Mapping[str, Any],
+    world_size: int,
+    *,
+    kernel: str = "deepspeed",
+    state_bits: int = 32,
+    quantization: str = "none",
+    double_quant: bool = True,
 ) -> EngineSetup:
     """Return the engine that a complete configuration (no ``"auto"``) describes, with DeepSpeed's own defaults.
 
@@ -18,6 +26,8 @@ def setup_from_deepspeed(
         world_size: data-parallel ranks.
         kernel: ``deepspeed`` or ``fused``.
         state_bits: bits of a moment, 32 or 8.
+        quantization: of the base under adapters, as ``Method`` says it.
+        double_quant: whether scales of nf4 are quantized as well.
     """
     zero = content.get("zero_optimization") or {}
     stage = int(zero.get("stage", 0))
@@ -31,6 +41,8 @@ def setup_from_deepspeed(
         fp32_gradients=(content.get("data_types") or {}).get("grad_accum_dtype") == "fp32",
         kernel=kernel if stage > 0 else "deepspeed",
         state_bits=state_bits,
+        frozen_bits=_BITS[quantization],
+        double_quant=double_quant,
         reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         overlap_comm=bool(zero.get("overlap_comm")) and stage in (1, 2),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),

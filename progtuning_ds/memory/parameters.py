@@ -23,6 +23,7 @@ class Param:
         decays: has weight decay, so belongs to another group than one that has none.
         frozen: never trains, such as the base weights under LoRA.
         matrix: (outputs, inputs) of a linear layer's weight that can be quantized once its block has frozen.
+        base: the same of one that never trains, which a method may quantize from the start.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Param:
     decays: bool = True
     frozen: bool = False
     matrix: tuple[int, int] | None = None
+    base: tuple[int, int] | None = None
 
     def matches(self, patterns: Sequence[str]) -> bool:
         """Whether its name fits one of several fnmatch patterns."""
@@ -86,9 +88,23 @@ class ParamTable:
         attention, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         mlp = (3 if shape.mlp == "gated" else 2) * (shape.hidden + shape.intermediate)
         ends = 2 * (shape.hidden + attention) + 2 * (shape.hidden + key) + mlp
-        base = tuple(replace(param, frozen=True) for param in self.params)
+        base = tuple(replace(param, frozen=True, base=param.matrix) for param in self.params)
         adapters = tuple(Param(f"adapters.{block}", rank * ends, block) for block in range(self.num_blocks))
         return ParamTable(base + adapters, self.num_blocks)
+
+    @cached_property
+    def input_shares(self) -> tuple[float, ...]:
+        """Of every block, the share of its linear layers' inputs that layers which train read.
+
+        All of it but under adapters, which read the inputs of the layers they are on and leave the others' alone.
+        """
+        shares = []
+        for block in range(self.num_blocks):
+            own = [param for param in self.params if param.component == block]
+            added = sum(p.matrix[1] for p in own if p.matrix is not None and not p.frozen)
+            base = sum(p.base[1] for p in own if p.base is not None)
+            shares.append(min(1.0, added / base) if added and base else 1.0)
+        return tuple(shares)
 
     def trains(self, stage: Stage, always_train: tuple[str, ...] = ()) -> tuple[Param, ...]:
         """Return what trains in a stage, in model order; the rule of ``BlockMap.trainable_names``."""

@@ -27,7 +27,8 @@ class EngineSetup:
         fp32_gradients: gradients accumulate in fp32.
         kernel: ``deepspeed`` copies each group's gradient to fp32 before the step; ``fused`` reads it as it is.
         state_bits: 32, or 8 for block-wise quantized moments (a scale in fp32 for every 256).
-        frozen_bits: 16, or 8 or 4 for the quantized base under adapters (a scale in fp32 for every 64).
+        frozen_bits: 16, or 8 or 4 for the linear layers of a base under adapters, as bitsandbytes holds them.
+        double_quant: with 4 bits, the scales are quantized as well.
         reduce_bucket: gradients that travel together.
         overlap_comm: two such buckets.
         prefetch_bucket: ZeRO-3 weights gathered ahead of their use.
@@ -48,6 +49,7 @@ class EngineSetup:
     kernel: str = "deepspeed"
     state_bits: int = 32
     frozen_bits: int = 16
+    double_quant: bool = True
     reduce_bucket: int = 500_000_000
     overlap_comm: bool = False
     prefetch_bucket: int = 50_000_000

@@ -27,7 +27,15 @@ from progtuning_ds.memory.passing import (
 )
 from progtuning_ds.memory.setup import Batch, EngineSetup
 from progtuning_ds.memory.state import FP32_BYTES, owned_numel
-from progtuning_ds.memory.weights import dense_while_computing, held_weights, persistent_numel, quantized_params
+from progtuning_ds.memory.weights import (
+    base_while_computing,
+    dense_while_computing,
+    gathered_bytes,
+    held_weights,
+    in_quantized_base,
+    persistent_bytes,
+    quantized_params,
+)
 from progtuning_ds.on_freeze import why_not
 from progtuning_ds.schedule import Stage, StagePlan
 
@@ -109,7 +117,7 @@ class Workload:
         device = held_weights(self.params, self.groups(0), setup, quantized)
         host: dict[str, int] = {}
         if setup.offload_param:
-            persistent = persistent_numel(self.params, setup) * setup.element
+            persistent = persistent_bytes(self.params, setup)
             host["weights"], device["weights"] = device["weights"] - persistent, persistent
         (host if setup.offload_optimizer else device).update(state)
         waiting = [group for group in groups if group.last_stage in setup.host_parts]
@@ -160,7 +168,7 @@ class Workload:
         arriving, complete = step_gradients(setup, owned, trained)
         passing, kept_low = self._activations(setup, batch, stage)
         buckets = bucket_bytes(setup, largest)
-        gathered = self._gathered(setup)
+        gathered = self._gathered(setup, stage)
         held = arriving if batch.accumulation == 1 else complete
         if setup.zero_stage in (1, 2) and setup.world_size == 1:
             held *= 2  # measured: alone, a rank keeps what it accumulated beside what backward left
@@ -176,11 +184,15 @@ class Workload:
         }
         if setup.zero_stage == 3:
             backward["gradients"] += scattered(setup, largest)
-            forward["gathered"], backward["gathered"] = gathered, self._gathered(setup, reused=False)
+            forward["gathered"], backward["gathered"] = gathered, self._gathered(setup, stage, reused=False)
             forward["buckets"] = buckets
         quantized = self.quantized(setup, stage)
         if quantized and self._backward_reaches_embeddings(stage):
             backward["gathered"] = backward.get("gathered", 0) + dense_while_computing(setup, quantized)
+        if setup.frozen_bits < 16:  # backward begins with a layer of the base, and ends with one where it goes so far
+            computing = base_while_computing(self.params, setup)
+            for moment in (forward, backward):
+                moment["gathered"] = moment.get("gathered", 0) + computing
         moments = {"forward": forward, "backward": backward, "step": step}
         return Footprint(stage, device, moments, host)
 
@@ -191,7 +203,7 @@ class Workload:
         costs = token_costs(
             self.shape, batch.seq_len, attention=batch.attention, element=setup.element, device=batch.device
         )
-        blocks = self._kept_by_blocks(setup, costs, self.plan.stages[stage])
+        blocks = self._kept_by_blocks(setup, costs, stage)
         embeddings = costs.embeddings.trained if self._backward_reaches_embeddings(stage) else 0.0
         highest = max((kept for kept in blocks), default=0.0)
         if batch.checkpointing:
@@ -211,18 +223,32 @@ class Workload:
                 above["logits"] = tokens * costs.logits
         return {name: round(value) for name, value in above.items()}, {"activations": round(tokens * lowest)}
 
-    def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: Stage) -> list[float]:
+    def _kept_by_blocks(self, setup: EngineSetup, costs: TokenCosts, stage: int) -> list[float]:
         """Bytes per token of every block; nothing below where backward stops."""
-        trains = self._components(stage)
-        wholly = set(stage.trainable_blocks)
+        trains = self._components(self.plan.stages[stage])
+        inputs = self._shares_of_inputs(setup, stage)
         reached = "embeddings" in trains
         kept = []
         for block in range(self.params.num_blocks):
             reached = reached or block in trains
-            # ZeRO-3's own linear layer saves its input whether the weight trains or not.
-            all_of_it = block in wholly or setup.zero_stage == 3
-            kept.append((costs.block.trained if all_of_it else costs.block.always) if reached else 0.0)
+            kept.append(costs.block.always + inputs[block] * costs.block.with_weights if reached else 0.0)
         return kept
+
+    def _shares_of_inputs(self, setup: EngineSetup, stage: int) -> list[float]:
+        """Of every block, the share of its linear layers' inputs that are kept for backward."""
+        blocks = range(self.params.num_blocks)
+        if setup.frozen_bits == 8 or (setup.zero_stage == 3 and setup.frozen_bits == 16 and setup.on_freeze == "keep"):
+            # ZeRO-3's own linear layer saves its input whether the weight trains or not, as bitsandbytes' int8 does.
+            return [1.0] * len(blocks)
+        wholly = frozenset[str | int](self.plan.stages[stage].trainable_blocks)
+        if setup.zero_stage == 3:
+            # Quantized layers are not replaced by ZeRO-3's; any other in a frozen block is.
+            away = {param.name for param in self.quantized(setup, stage)}
+            own = (p for p in self.params.params if not in_quantized_base(p, setup))
+            wholly = wholly.union(p.component for p in own if p.decays and p.name not in away)
+        return [
+            share if block in wholly else 0.0 for block, share in zip(blocks, self.params.input_shares, strict=True)
+        ]
 
     def _backward_reaches_embeddings(self, stage: int) -> bool:
         return "embeddings" in self._components(self.plan.stages[stage])
@@ -234,11 +260,13 @@ class Workload:
             lambda: frozenset(p.component for p in self.params.trains(stage, self.plan.always_train)),
         )
 
-    def _gathered(self, setup: EngineSetup, *, reused: bool = True) -> int:
+    def _gathered(self, setup: EngineSetup, stage: int, *, reused: bool = True) -> int:
         """Whole ZeRO-3 weights at once: the largest module, what is fetched ahead, and what backward will reuse."""
         if not gathers(setup):
             return 0
-        limit = setup.persistence_threshold
-        sharded = self._once(("sharded", limit), lambda: [p.numel for p in self.params.params if p.numel > limit])
-        at_least = max(sharded, default=0) + setup.prefetch_bucket
-        return setup.element * min(sum(sharded), max(at_least, setup.max_live if reused else 0))
+        largest, together = self._once(
+            ("sharded", setup.persistence_threshold, setup.element, setup.on_freeze, setup.frozen_bits, stage),
+            lambda: gathered_bytes(self.params, setup, self.quantized(setup, stage)),
+        )
+        at_least = largest + setup.element * setup.prefetch_bucket
+        return min(together, max(at_least, setup.element * setup.max_live if reused else 0))

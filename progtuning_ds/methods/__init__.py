@@ -13,7 +13,14 @@ from progtuning_ds.blocks import discover_blocks, set_trainable
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.methods.bottleneck import BottleneckConfig, add_bottlenecks, load_bottlenecks
 from progtuning_ds.methods.heads import head_modules
-from progtuning_ds.methods.quantized import keep_trainable, misread_inputs, quantized_loading, unquantized_modules
+from progtuning_ds.methods.quantized import (
+    base_matrices,
+    held_by_quantized,
+    keep_trainable,
+    misread_inputs,
+    quantized_loading,
+    unquantized_modules,
+)
 from progtuning_ds.methods.settings import KINDS, Method
 
 __all__ = [
@@ -21,9 +28,11 @@ __all__ = [
     "BottleneckConfig",
     "Method",
     "apply_method",
+    "base_matrices",
     "blocks_path",
     "check_mergeable",
     "head_modules",
+    "held_by_quantized",
     "keep_trainable",
     "load_bottlenecks",
     "misread_inputs",

@@ -123,7 +123,7 @@ def freezable(model: nn.Module, blocks: BlockMap) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     for path, module in model.named_modules():
         name = f"{path}.weight"
-        if not _is_linear(module) or name not in inside or exact & set(path.split(".")):
+        if not is_linear(module) or name not in inside or exact & set(path.split(".")):
             continue
         if users[id(module.weight)] == 1:
             rows, columns = full_shape(module.weight)  # type: ignore[arg-type]
@@ -131,7 +131,8 @@ def freezable(model: nn.Module, blocks: BlockMap) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else."""
     # Exactly: a subclass may compute anything.
     return type(module) is nn.Linear or (
         type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from progtuning_ds.blocks import full_shape
+from progtuning_ds.methods.frozen_linear import is_linear
 from progtuning_ds.methods.heads import head_modules
 from progtuning_ds.methods.settings import Method
 
@@ -17,6 +19,38 @@ def unquantized_modules(model: PreTrainedModel) -> list[str]:
     """Names of the modules that are never quantized: the task's head, which trains, and the output embeddings."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [*head_modules(model), *(name for name, module in model.named_modules() if module is output)]
+
+
+def base_matrices(model: nn.Module, frozen: Collection[str], skip: Collection[str]) -> dict[str, tuple[int, int]]:
+    """Names of the linear layers' weights that a quantized base holds as codes, with (outputs, inputs).
+
+    Args:
+        model: not quantized, its method applied.
+        frozen: names of its parameters that never train.
+        skip: of the bare model; see `unquantized_modules`.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for path, module in model.named_modules():
+        bare = path.removeprefix("base_model.model.")  # PEFT's wrapping
+        if f"{path}.weight" not in frozen or any(bare == name or bare.startswith(f"{name}.") for name in skip):
+            continue
+        if is_linear(module):
+            rows, columns = full_shape(module.weight)  # type: ignore[arg-type]
+            found[f"{path}.weight"] = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+    return found
+
+
+def held_by_quantized(model: nn.Module) -> Iterator[torch.Tensor]:
+    """What quantized layers of a base hold beside their parameters: scales, tables, and codes that int8 keeps whole."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            nested = [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
+            yield from (state.absmax, state.code, *nested)
+        for owner in (weight, getattr(module, "state", None)):
+            held = (getattr(owner, name, None) for name in ("CB", "SCB"))
+            yield from (tensor for tensor in held if isinstance(tensor, torch.Tensor))
 
 
 def keep_trainable(model: nn.Module) -> None:

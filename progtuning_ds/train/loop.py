@@ -166,6 +166,7 @@ class TrainingLoop:
                 engine.backward(loss)
                 engine.step()
                 losses.append(loss.detach())
+                del loss  # with the graph, in which bitsandbytes' int8 layers keep their inputs even after backward
         seconds = time.perf_counter() - began
         self.position.stage.seconds += seconds
         norm = engine.get_global_grad_norm()

@@ -120,6 +120,8 @@ def plan_memory(job: Job, device: str, held: int) -> MemoryPlan:
         job.deepspeed,
         job.settings.world_size,
         kernel="deepspeed" if job.config.optimizer.kernel == "deepspeed" else "fused",
+        quantization=job.config.method.quantization,
+        double_quant=job.config.method.double_quant,
     )
     count = len(job.plan.stages)
     first = replace(first, host_parts=_host_parts(job, load), on_freeze=job.config.schedule.on_freeze)

@@ -76,6 +76,7 @@ def _measure(control: MemoryControl, stage: Stage, steps: int, snapshots: Path |
         for _ in range(passes):
             loss = job.task.loss(built.engine, batch)
             built.engine.backward(loss)
+            del loss  # with the graph, in which bitsandbytes' int8 layers keep their inputs even after backward
             built.engine.step()
 
     times = []

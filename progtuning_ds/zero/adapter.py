@@ -15,6 +15,7 @@ import torch
 from deepspeed import comm as dist
 
 from progtuning_ds.errors import UnsupportedDeepSpeedError
+from progtuning_ds.methods import held_by_quantized
 from progtuning_ds.methods.frozen_linear import frozen_layers, held_beside, owner
 from progtuning_ds.regroup import GroupPlan
 from progtuning_ds.transfer import Ranks
@@ -155,12 +156,14 @@ class Adapter(abc.ABC):
         for name, layer in frozen_layers(self.engine.module):
             tensors = [*self.held(self.params[name]), *held_beside(layer)]
             total[QUANTIZED] = total.get(QUANTIZED, 0) + sum(counter.new_bytes(t) for t in tensors)
-        total["weights"] = sum(counter.new_bytes(t) for t in self.weight_tensors())
+        beside = held_by_quantized(self.engine.module)
+        total["weights"] = sum(counter.new_bytes(t) for t in (*self.weight_tensors(), *beside))
         for master in self.master_tensors():
             total["master_weights"] += counter.new_bytes(master)
             for key, value in self.torch_optimizer.state.get(master, {}).items():
-                if torch.is_tensor(value) and value.numel() > 1:
-                    category = key if key in ("exp_avg", "exp_avg_sq") else "other_state"
+                category = key if key in ("exp_avg", "exp_avg_sq") else "other_state"
+                # A single element is a step count, or the moment of a rank's shard of a very short parameter.
+                if torch.is_tensor(value) and (value.numel() > 1 or category != "other_state"):
                     total[category] += counter.new_bytes(value)
         total["gradients"] = sum(counter.new_bytes(t) for t in self.gradient_buffers())
         return total

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
+from packaging.version import Version
+
 from progtuning_ds.errors import UnsupportedDeepSpeedError
 
+_SEVERAL_DTYPES = Version("0.19.4")
 _ONE_BIT = ("OnebitAdam", "OnebitLamb", "ZeroOneAdam")
 
 
@@ -18,6 +22,22 @@ def refuse_unsupported(engine: Any) -> None:
     for in_use, reason in _reasons(engine):
         if in_use:
             raise UnsupportedDeepSpeedError(f"StageEngine does not support {reason}")
+
+
+def refuse_several_dtypes(what: str) -> None:
+    """Raise for ``what`` under ZeRO-3, which gathers codes beside weights, on a DeepSpeed that mixes them up.
+
+    Older ones gather parameters of several dtypes in another order on every rank (``partition_parameters.py``,
+    ``all_gather_coalesced``), or into buffers of the first one's dtype (``_allgather_params_coalesced``).
+
+    Raises:
+        UnsupportedDeepSpeedError: always, before version 0.19.4.
+    """
+    if Version(deepspeed.__version__) < _SEVERAL_DTYPES:
+        raise UnsupportedDeepSpeedError(
+            f"{what} under ZeRO-3 needs DeepSpeed {_SEVERAL_DTYPES} or newer, got {deepspeed.__version__}, which mixes "
+            f"up parameters of several dtypes when it gathers them; use ZeRO-1 or 2"
+        )
 
 
 def _reasons(engine: Any) -> list[tuple[bool, str]]:

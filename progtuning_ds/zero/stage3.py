@@ -21,6 +21,7 @@ from progtuning_ds.transfer import split_buffer
 from progtuning_ds.zero.adapter import Adapter, Parameter, forget_gradients
 from progtuning_ds.zero.cut_state import cut_state
 from progtuning_ds.zero.moving_weights import follow_frozen_weights
+from progtuning_ds.zero.refusals import refuse_several_dtypes
 from progtuning_ds.zero.shards import adjacent_runs, gathered, owns_storage, separate, view_of
 
 _GRAD_PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -92,6 +93,8 @@ class Stage3Adapter(Adapter):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
+        if not all(param.ds_tensor.is_floating_point() for param in self.params.values()):
+            refuse_several_dtypes("a quantized base")
         follow_frozen_weights(self.wrapper)
 
     # ---- reading -----------------------------------------------------------------------------------------------
@@ -146,6 +149,7 @@ class Stage3Adapter(Adapter):
 
     def separate_groups(self) -> None:
         """Let the weights of one group go without those of another, with which they share DeepSpeed's one buffer."""
+        refuse_several_dtypes("on_freeze")
         separate(self.read_subgroups(), getattr(self.wrapper, "lp_param_buffer", None))
 
     def exchange(self, new: Mapping[str, Parameter]) -> None:

@@ -27,9 +27,17 @@ def setup_of(flavour: Flavour, world_size: int, on_freeze: str) -> EngineSetup:
     )
 
 
-def check(ranks: RankPools, name: str, world_size: int, kind: str, embeddings: str, on_freeze: str = "keep") -> None:
-    setup, load = setup_of(ALL[name], world_size, on_freeze), workload(kind, embeddings)
-    run = {"flavour": name, "kind": kind, "embeddings": embeddings, "on_freeze": on_freeze}
+def check(
+    ranks: RankPools,
+    name: str,
+    world_size: int,
+    kind: str,
+    embeddings: str,
+    on_freeze: str = "keep",
+    never: int = 0,
+) -> None:
+    setup, load = setup_of(ALL[name], world_size, on_freeze), workload(kind, embeddings, never)
+    run = {"flavour": name, "kind": kind, "embeddings": embeddings, "on_freeze": on_freeze, "never": never}
     for held in ranks(world_size).run(held_by_stage, **run):
         for stage, measured in enumerate(held):
             predicted = load.model_states(setup, stage)
@@ -60,6 +68,23 @@ def test_what_frozen_blocks_hold_quantized_is_predicted(
     ranks: RankPools, name: str, world_size: int, kind: str, embeddings: str, on_freeze: str
 ) -> None:
     check(ranks, name, world_size, kind, embeddings, on_freeze)
+
+
+@pytest.mark.parametrize(
+    ("name", "on_freeze"),
+    [
+        ("zero2-fp32", "int8"),
+        ("zero3-bf16", "nf4"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(["zero0-fp32", "zero1-bf16", "zero3-fp32", "bf16-optimizer"], ["int8", "nf4"])
+        ),
+    ],
+)
+def test_blocks_that_never_train_lie_quantized_from_the_first_stage_on(
+    ranks: RankPools, name: str, on_freeze: str
+) -> None:
+    check(ranks, name, 2, "bert", "first_stage", on_freeze, never=1)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.ranks import RankPools
 from tests.train import tiny
 from tests.train.test_run import settings
 
-STATES = ("weights", "master_weights", "exp_avg", "exp_avg_sq")
+STATES = ("weights", "quantized_weights", "master_weights", "exp_avg", "exp_avg_sq")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,14 @@ def profiled(given: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check(
-    ranks: RankPools, sources: Path, world_size: int, deepspeed: str, train: dict[str, Any], **sections: Any
+    ranks: RankPools,
+    sources: Path,
+    world_size: int,
+    deepspeed: str,
+    train: dict[str, Any],
+    *,
+    rel: float = 0.1,
+    **sections: Any,
 ) -> None:
     given = settings(
         sources,
@@ -65,10 +73,10 @@ def check(
         assert len(records) == 3
         for record in records:
             held = {name: record["predicted"].get(name, 0) + record["predicted_host"].get(name, 0) for name in STATES}
-            assert held == {name: record["measured"][name] for name in STATES}
+            assert held == {name: record["measured"].get(name, 0) for name in STATES}
             # A CPU's host memory is where its tensors are: what is predicted for the host counts too.
             everything = record["predicted_peak"] + sum(record["predicted_host"].values())
-            assert everything == pytest.approx(record["measured_peak"], rel=0.1)
+            assert everything == pytest.approx(record["measured_peak"], rel=rel)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,47 @@ def test_the_peak_of_a_live_engine_is_predicted(
     ranks: RankPools, sources: Path, deepspeed: str, embeddings: str
 ) -> None:
     check(ranks, sources, 2, deepspeed, {"precision": "bf16"}, schedule={"embeddings": embeddings})
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "precision", "on_freeze"),
+    [
+        ("zero3", "fp32", "int8"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product(["zero2", "zero3"], ["bf16", "fp32"], ["int8", "nf4"])
+            if case != ("zero3", "fp32", "int8")
+        ),
+    ],
+)
+def test_the_peak_with_quantized_blocks_is_predicted(
+    ranks: RankPools, sources: Path, deepspeed: str, precision: str, on_freeze: str
+) -> None:
+    check(ranks, sources, 2, deepspeed, {"precision": precision}, schedule={"on_freeze": on_freeze})
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "precision", "method"),
+    [
+        ("zero2", "fp32", {"quantization": "nf4"}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("zero2", "fp32", {"quantization": "int8"}),
+                ("zero2", "bf16", {"quantization": "nf4", "double_quant": False}),
+                ("zero3", "fp32", {"quantization": "nf4"}),
+                ("zero3", "fp32", {"quantization": "int8"}),
+            ]
+        ),
+    ],
+)
+def test_the_peak_on_a_quantized_base_is_predicted(
+    ranks: RankPools, sources: Path, deepspeed: str, precision: str, method: dict[str, Any]
+) -> None:
+    lora = {"kind": "lora", "rank": 4, **method}
+    # What backward does not reach, ZeRO-3 lets go of in forward; it is still counted as gathered.
+    rel = 0.25 if deepspeed == "zero3" else 0.1
+    check(ranks, sources, 2, deepspeed, {"precision": precision}, rel=rel, method=lora)
 
 
 @pytest.mark.slow
