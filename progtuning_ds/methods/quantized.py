@@ -43,7 +43,7 @@ def base_matrices(model: nn.Module, frozen: Collection[str], skip: Collection[st
 def held_by_quantized(model: nn.Module) -> Iterator[torch.Tensor]:
     """What quantized layers of a base hold beside their parameters: scales, tables, and codes that int8 keeps whole."""
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # not the attribute, which some layers make anew for each reader
         state = getattr(weight, "quant_state", None)
         if state is not None:
             nested = [] if state.state2 is None else [state.offset, state.state2.absmax, state.state2.code]
