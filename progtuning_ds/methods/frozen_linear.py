@@ -17,6 +17,7 @@ from torch import nn
 
 from progtuning_ds.blocks import BlockMap, full_shape
 from progtuning_ds.errors import UnsupportedStateError
+from progtuning_ds.methods.layers import users_of
 from progtuning_ds.on_freeze import NF4_BLOCK
 
 _TABLES: dict[tuple[str, int], torch.Tensor] = {}
@@ -115,23 +116,25 @@ def freezable(model: nn.Module, blocks: BlockMap) -> dict[str, tuple[int, int]]:
     require grad at discovery belongs to a base that trains by a method, and is left alone.
     """
     inside = {name for block in blocks.blocks for name in block} - blocks.frozen
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    users = users_of(model)
     exact = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     found: dict[str, tuple[int, int]] = {}
     for path, module in model.named_modules():
         name = f"{path}.weight"
-        if not is_linear(module) or name not in inside or exact & set(path.split(".")):
+        if not is_plain_linear(module) or name not in inside or exact & set(path.split(".")):
             continue
-        if users[id(module.weight)] == 1:
-            rows, columns = full_shape(module.weight)  # type: ignore[arg-type]
-            found[name] = (rows, columns) if type(module) is nn.Linear else (columns, rows)
+        if len(users[id(module.weight)]) == 1:
+            found[name] = outputs_and_inputs(module)
     return found
 
 
-def is_linear(module: nn.Module) -> bool:
+def outputs_and_inputs(module: nn.Module) -> tuple[int, int]:
+    """Of a plain linear layer, whole under ZeRO-3 too; GPT-2's has its weight the other way round."""
+    rows, columns = full_shape(module.weight)  # type: ignore[arg-type]
+    return (rows, columns) if type(module) is nn.Linear else (columns, rows)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else."""
     # Exactly: a subclass may compute anything.
     return type(module) is nn.Linear or (

@@ -82,6 +82,15 @@ def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
         raise ConfigError(f"method.targets: {target!r} fits no module{did_you_mean(target, known)}")
 
 
+def users_of(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold each parameter, by its id; several where it is shared."""
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(path)
+    return users
+
+
 def ends_of(layers: Iterable[str]) -> list[str]:
     """The last two names of each path, once each: enough to tell the layers of a block apart."""
     return sorted({".".join(name.split(".")[-2:]) for name in layers})

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from progtuning_ds.errors import ConfigError
 from progtuning_ds.methods.heads import head_modules
-from progtuning_ds.methods.layers import check_targets, ends_of, linear_layers, queries_and_values
+from progtuning_ds.methods.layers import check_targets, ends_of, linear_layers, queries_and_values, users_of
 from progtuning_ds.methods.settings import ALL_LINEAR, Method
 
 # By whether the method is IA3.
@@ -87,10 +87,7 @@ def _own_targets(model: PreTrainedModel, method: Method, blocks_path: str | None
 
 def check_mergeable(model: PeftModel) -> None:
     """Raise a ConfigError if a layer to merge into shares its weight with another, which merging would change too."""
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(path)
+    users = users_of(model)
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             others = [user for user in users[id(module.get_base_layer().weight)] if not user.startswith(path)]

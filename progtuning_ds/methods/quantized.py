@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from progtuning_ds.blocks import full_shape
-from progtuning_ds.methods.frozen_linear import is_linear
+from progtuning_ds.methods.frozen_linear import is_plain_linear, outputs_and_inputs
 from progtuning_ds.methods.heads import head_modules
 from progtuning_ds.methods.settings import Method
 
@@ -34,9 +33,8 @@ def base_matrices(model: nn.Module, frozen: Collection[str], skip: Collection[st
         bare = path.removeprefix("base_model.model.")  # PEFT's wrapping
         if f"{path}.weight" not in frozen or any(bare == name or bare.startswith(f"{name}.") for name in skip):
             continue
-        if is_linear(module):
-            rows, columns = full_shape(module.weight)  # type: ignore[arg-type]
-            found[f"{path}.weight"] = (rows, columns) if isinstance(module, nn.Linear) else (columns, rows)
+        if is_plain_linear(module):
+            found[f"{path}.weight"] = outputs_and_inputs(module)
     return found
 
 

@@ -24,7 +24,7 @@ from progtuning_ds.config import (
     settle_warmup,
 )
 from progtuning_ds.memory import Architecture, ParamTable, Workload, setup_from_deepspeed
-from progtuning_ds.methods import blocks_path, check_mergeable, unquantized_modules
+from progtuning_ds.methods import blocks_path, check_mergeable
 from progtuning_ds.model_shape import architecture, param_table
 from progtuning_ds.schedule import StagePlan
 from progtuning_ds.tasks import Task, build_task
@@ -118,8 +118,8 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         seed=config.train.seed,
         lengths=task.train.lengths if config.train.group_by_length else None,
     )
-    exact = unquantized_modules(models.empty_model(task.auto_class, config.model, shape))
-    empty = models.empty_model(task.auto_class, config.model, shape, models.method_of(config.method))
+    method = models.method_of(config.method)
+    empty = models.empty_model(task.auto_class, config.model, shape, method)
     if config.method.merge:
         check_mergeable(empty)
     blocks = discover_blocks(empty, path=blocks_path(empty, config.model.blocks))
@@ -134,7 +134,7 @@ def prepare_job(config: RunConfig, hardware: Hardware) -> Job:
         order=order,
         blocks=blocks,
         counts=component_counts(empty, blocks, always_train=plan.always_train),
-        params=param_table(empty, blocks, exact),
+        params=param_table(empty, blocks, models.kept_exact(task.auto_class, config.model, shape, method)),
         architecture=architecture(empty, blocks),
         plan=plan,
         warmup_steps=warmup_steps,

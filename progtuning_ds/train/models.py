@@ -158,9 +158,14 @@ def _check_head(loaded: PreTrainedModel, info: dict[str, Any], model: ModelConfi
 def _quantization(
     auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, precision: str, method: Method | None
 ) -> dict[str, Any]:
+    return quantized_loading(method, DTYPES[precision], kept_exact(auto_class, model, shape, method))
+
+
+def kept_exact(auto_class: Any, model: ModelConfig, shape: PreTrainedConfig, method: Method | None) -> list[str]:
+    """Modules of the bare model that ``method`` does not quantize; none where it quantizes nothing."""
     if method is None or method.quantization == "none":
-        return {}
-    return quantized_loading(method, DTYPES[precision], unquantized_modules(empty_model(auto_class, model, shape)))
+        return []
+    return unquantized_modules(empty_model(auto_class, model, shape))
 
 
 def max_positions(model: ModelConfig, shape: PreTrainedConfig) -> int | None:
